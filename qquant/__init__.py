@@ -1,0 +1,45 @@
+"""qquant: GPTQ Int4/Int8 weights and an Int8 KV cache for Qwen-family and Llama-like models, with proof of the cost.
+
+This is the lazy face: it names the public API and imports each piece on first use, so that ``import qquant`` and
+``qquant --help`` stay fast and ``python -m qquant.gptq`` never finds its module imported already.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qquant.calibrate import Sample as Sample
+    from qquant.calibrate import load_samples as load_samples
+    from qquant.checkpoint import load_quantized as load_quantized
+    from qquant.config import QuantizeConfig as QuantizeConfig
+    from qquant.errors import QquantError as QquantError
+    from qquant.gptq import quantize_checkpoint as quantize_checkpoint
+    from qquant.gptq import quantize_model as quantize_model
+    from qquant.hf_plugin import register as register
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "QquantError": "qquant.errors",
+    "QuantizeConfig": "qquant.config",
+    "Sample": "qquant.calibrate",
+    "load_quantized": "qquant.checkpoint",
+    "load_samples": "qquant.calibrate",
+    "quantize_checkpoint": "qquant.gptq",
+    "quantize_model": "qquant.gptq",
+    "register": "qquant.hf_plugin",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qquant' has no attribute {name!r}; it offers {sorted(_HOME)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

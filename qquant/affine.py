@@ -1,0 +1,109 @@
+"""The affine grid a real weight is rounded to: value = scale * (code - zero), code in 0 .. 2**bits - 1.
+
+Fitting a grid to groups of weights and rounding on it lives here. How codes are chosen jointly (GPTQ) is solver.py;
+how codes and grids are stored is packing.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qquant.errors import NumericError
+
+# The format stores scales as float16, so a grid is only ever judged with the scale a reader will see.
+_SMALLEST_SCALE = 2.0**-24  # smallest positive float16
+_LARGEST_SCALE = 65504.0  # largest finite float16
+_SHRINK_FACTORS = tuple(1.0 - 0.025 * step for step in range(21))  # 1.0 down to 0.5
+
+
+def choose_qparams(weight: Tensor, *, bits: int, sym: bool, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Fit the tightest grid that holds 0 and every value of each group.
+
+    Asymmetric zeros are kept in 1 .. 2**bits - 1, because v1 files store ``zero - 1`` in an unsigned field.
+
+    Args:
+        weight: [..., size] floating; the last axis is one group. Read, never written.
+        bits: width of one stored code.
+        sym: fix ``zero`` at 2**(bits - 1); a group's largest positive value may then clip half a step short.
+        shrink: factor on the covered range; below 1 the extreme values clip and the steps get finer.
+
+    Returns:
+        scale: [...] in weight's dtype, positive and exactly representable in float16.
+        zero: [...] in weight's dtype, integer-valued code that stands for 0.0.
+
+    Raises:
+        NumericError: a value is so large that float16 cannot hold its group's scale.
+
+    Source: min-max grid of GPTQ, arXiv:2210.17323, in the variant of the published GPTQ checkpoints.
+    """
+    levels = 2**bits - 1
+    low = weight.amin(-1).clamp(max=0) * shrink
+    high = weight.amax(-1).clamp(min=0) * shrink
+    if sym:
+        reach = torch.maximum(high, -low)
+        scale = _storable(2 * reach / levels)
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    scale = _storable((high - low) / levels)
+    zero = (-low / scale).round().clamp(max=levels)
+    # Nothing below 0: level 0 would be the zero, which v1 cannot store. Give one level away instead.
+    all_positive = zero < 1
+    scale = torch.where(all_positive, _storable(high / (levels - 1)), scale)
+    return scale, torch.where(all_positive, torch.ones_like(zero), zero)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Round to the nearest code; values outside the grid clip. Shapes broadcast; result in weight's dtype."""
+    return ((weight / scale).round() + zero).clamp(0, 2**bits - 1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The real value of each code: ``scale * (codes - zero)``. Shapes broadcast."""
+    return scale * (codes - zero)
+
+
+def search_qparams(
+    weight: Tensor, *, bits: int, sym: bool, clip_search: Literal["off", "weight", "hessian"], hessian: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Fit one group's grid per row, optionally on the shrunken range that leaves the least rounding error.
+
+    Args:
+        weight: [rows, size] floating, one group's columns. Read, never written.
+        bits: width of one stored code.
+        sym: symmetric grid, as in ``choose_qparams``.
+        clip_search: "off", "weight" (least sum of squared errors) or "hessian" (least e H e^T).
+        hessian: [size, size], the group's block of the Hessian; only read for "hessian".
+
+    Returns:
+        scale, zero: [rows] each, as from ``choose_qparams``.
+    """
+    best_scale, best_zero = choose_qparams(weight, bits=bits, sym=sym)
+    if clip_search == "off":
+        return best_scale, best_zero
+    least: Tensor | None = None
+    for shrink in _SHRINK_FACTORS:
+        scale, zero = choose_qparams(weight, bits=bits, sym=sym, shrink=shrink)
+        codes = quantize(weight, scale[:, None], zero[:, None], bits)
+        error = dequantize(codes, scale[:, None], zero[:, None]) - weight
+        weighted = error @ hessian if clip_search == "hessian" and hessian is not None else error
+        loss = (weighted * error).sum(-1)
+        if least is None:
+            least = loss
+            continue
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """Round to a positive float16 value; an all-zero group gets the smallest scale, which stores it exactly."""
+    if bool((scale > _LARGEST_SCALE).any()):
+        raise NumericError(
+            f"a group's scale must fit float16 (at most {_LARGEST_SCALE:g}), got {float(scale.max()):g}; "
+            "the weights are far too large to be sound: check the source checkpoint"
+        )
+    return scale.to(torch.float16).to(scale.dtype).clamp(min=_SMALLEST_SCALE)

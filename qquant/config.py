@@ -1,0 +1,165 @@
+"""What a user may choose about weight quantization, and the record of what was done to each module.
+
+Pydantic models only: strict, frozen, JSON in and out. How a choice is carried out lives in solver.py and walk.py,
+how it is written into a checkpoint in checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qquant.errors import UsageError
+
+Bits = Literal[2, 3, 4, 8]
+ClipSearch = Literal["off", "weight", "hessian"]
+Method = Literal["gptq", "rtn"]
+
+
+class Strict(BaseModel):
+    """A frozen model in which an unknown or mistyped field is an error, not a shrug."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModuleOverride(Strict):
+    """What a pattern changes for the modules it matches; None keeps the general setting."""
+
+    bits: Bits | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+
+
+class QuantizeConfig(Strict):
+    """How the weights are quantized. Field names are the ones every GPTQ reader knows."""
+
+    method: Method = "gptq"
+    """gptq: error feedback through the Hessian of calibration data. rtn: round to nearest, needs no data."""
+    bits: Bits = 4
+    """Width of one stored weight: 2, 3, 4 or 8."""
+    group_size: int = 128
+    """Input columns that share a scale and a zero; -1 for the whole row. Must divide the row length."""
+    sym: bool = True
+    """Fix the zero at mid-range. Every kernel reads symmetric files; asymmetric ones are a little more accurate."""
+    desc_act: bool = False
+    """Visit columns by falling Hessian diagonal and group them in that order; readers then need g_idx."""
+    static_groups: bool = False
+    """Fit every group's grid before the first column is rounded. With desc_act: act-order that needs no g_idx."""
+    act_group_aware: bool | None = None
+    """Visit whole groups by their largest Hessian diagonal, and columns by diagonal inside each; needs no g_idx.
+    None: on, unless desc_act is on or a group is a whole row."""
+    true_sequential: bool = True
+    """Inside a block, quantize each set of linears on inputs that already passed the quantized sets before it."""
+    clip_search: ClipSearch = "off"
+    """Search a smaller range per group: by plain squared error, or weighted by the group's block of the Hessian."""
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the Hessian's mean diagonal added to it before it is inverted."""
+    dynamic: dict[str, ModuleOverride] = Field(default_factory=dict)
+    """Per-module rules, first match wins: "-:regex" leaves a module alone, "+:regex" changes its settings. The
+    regex is matched from the start of the module's full name, as GPTQModel and vLLM do."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_is_positive_or_whole_row(cls, value: int) -> int:
+        if value != -1 and value < 1:
+            raise ValueError(f"group_size must be -1 (the whole row) or at least 1, got {value}")
+        return value
+
+    @field_validator("dynamic")
+    @classmethod
+    def _patterns_compile(cls, rules: dict[str, ModuleOverride]) -> dict[str, ModuleOverride]:
+        for pattern in rules:
+            if pattern[:2] not in ("-:", "+:"):
+                raise ValueError(f'a dynamic rule starts with "-:" (skip) or "+:" (change), got {pattern!r}')
+            try:
+                re.compile(pattern[2:])
+            except re.error as error:
+                raise ValueError(f"dynamic rule {pattern!r} is not a regular expression: {error}") from error
+        return rules
+
+    @model_validator(mode="after")
+    def _orders_do_not_clash(self) -> Self:
+        if self.act_group_aware and self.desc_act:
+            raise ValueError("act_group_aware and desc_act are two orders of the same columns; switch one of them off")
+        if self.act_group_aware and self.group_size == -1:
+            raise ValueError("act_group_aware orders groups, and group_size -1 has only one; use desc_act or a group size")
+        return self
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from a dict of options. Raises UsageError that lists every wrong field in one line."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValueError as error:
+            raise UsageError(_one_line(error)) from error
+
+    @cached_property
+    def group_aware(self) -> bool:
+        """Whether the group-aware order is in force once None is resolved."""
+        if self.act_group_aware is None:
+            return self.method == "gptq" and not self.desc_act and not self.static_groups and self.group_size != -1
+        return self.act_group_aware
+
+    @cached_property
+    def needs_g_idx(self) -> bool:
+        """Whether a reader must follow g_idx: only act-order without static groups scatters a group's columns."""
+        return self.method == "gptq" and self.desc_act and not self.static_groups and self.group_size != -1
+
+    def for_module(self, name: str) -> QuantizeConfig | None:
+        """The settings of one module by its full name, or None if a rule leaves it alone."""
+        for pattern, override in self.dynamic.items():
+            if re.match(pattern[2:], name):
+                if pattern.startswith("-:"):
+                    return None
+                changes = override.model_dump(exclude_none=True)
+                return QuantizeConfig.from_dict({**self.model_dump(exclude={"dynamic"}), **changes})
+        return self
+
+
+class ModuleRecord(Strict):
+    """What was done to one linear layer; one line of a checkpoint's quant_log.json."""
+
+    name: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    shape: tuple[int, int]
+    """[out, in]."""
+    relative_error: float
+    """trace(D H D^T) / trace(W H W^T), D = quantized - original: share of the output's energy that is error."""
+    damp_percent: float
+    """The damping that was used in the end."""
+    damp_escalations: int
+    """How often damping had to be raised tenfold before the Hessian could be inverted."""
+    dead_columns: int
+    """Input columns that calibration never excited; their weights became zero."""
+    seconds: float
+
+
+class QuantizeLog(Strict):
+    """The record of a whole quantization run, in the order the modules were done."""
+
+    schema_version: int = 1
+    modules: tuple[ModuleRecord, ...]
+    skipped: tuple[str, ...] = ()
+    """Linear layers left alone by a rule."""
+    warnings: tuple[str, ...] = ()
+
+
+def _one_line(error: ValueError) -> str:
+    """Fold a pydantic error into one line: field, rule and what came, for each fault."""
+    details = getattr(error, "errors", None)
+    if details is None:
+        return str(error)
+    parts = []
+    for item in details():
+        field = ".".join(str(piece) for piece in item["loc"]) or "options"
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{field}: {message}" if item["type"] == "value_error" else f"{field}: {message}, got {item['input']!r}")
+    return "; ".join(parts)

@@ -1,0 +1,48 @@
+"""The errors a user can meet, each with the exit code the command line ends with.
+
+Every message states the rule, what came, and the remedy. Nothing else lives here; every floor may import it.
+"""
+
+from __future__ import annotations
+
+
+class QquantError(Exception):
+    """Base of every error that is the input's fault and not ours; the command line prints it as one line."""
+
+    exit_code = 1
+
+
+class UsageError(QquantError, ValueError):
+    """An option or argument that cannot be followed."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(QquantError):
+    """Memory or disk that is known beforehand not to suffice."""
+
+    exit_code = 3
+
+
+class BadModelError(QquantError, ValueError):
+    """A source model or checkpoint that is incomplete, inconsistent, unsafe or of an unknown kind."""
+
+    exit_code = 4
+
+
+class BadDataError(QquantError, ValueError):
+    """Calibration or evaluation data that is missing, empty, too short or unreadable."""
+
+    exit_code = 5
+
+
+class NumericError(QquantError, ArithmeticError):
+    """Numbers that are not finite, or a Hessian that no damping makes positive definite."""
+
+    exit_code = 6
+
+
+class DiskError(QquantError, OSError):
+    """Reading or writing failed underneath us."""
+
+    exit_code = 7
