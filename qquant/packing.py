@@ -147,5 +147,10 @@ def dequantize(
     """
     codes = unpack_codes(qweight, bits, g_idx.numel())
     zeros = unpack_zeros(qzeros, bits, scales.shape[1], version).to(torch.float32)
-    groups = g_idx.long()
-    return (codes.to(torch.float32) - zeros[groups]) * scales.to(torch.float32)[groups]
+    scales = scales.to(torch.float32)
+    rows, groups = codes.shape[0], scales.shape[0]
+    if rows % groups == 0 and torch.equal(g_idx.long(), torch.arange(rows, device=g_idx.device) // (rows // groups)):
+        grouped = codes.reshape(groups, rows // groups, -1).to(torch.float32)
+        return grouped.sub_(zeros[:, None]).mul_(scales[:, None]).reshape(rows, -1)
+    index = g_idx.long()
+    return (codes.to(torch.float32) - zeros[index]) * scales[index]

@@ -76,7 +76,6 @@ class Solution:
     """[out, groups] float32, integer-valued."""
     g_idx: Tensor
     """[in] int32: group of each column."""
-    relative_error: float
     damp_percent: float
     damp_escalations: int
     dead_columns: int
@@ -129,9 +128,7 @@ def solve(weight: Tensor, hessian: Tensor | None, config: QuantizeConfig, *, blo
     del factor
     g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)
     g_idx[order] = group_of.to(torch.int32)
-    solution = Solution(codes, scales, zeros, g_idx, 0.0, damp_percent, escalations, int(dead.sum()))
-    error = relative_error(work, solution, hessian)
-    return Solution(codes, scales, zeros, g_idx, error, damp_percent, escalations, int(dead.sum()))
+    return Solution(codes, scales, zeros, g_idx, damp_percent, escalations, int(dead.sum()))
 
 
 def group_columns(columns: int, group_size: int) -> int:
@@ -214,16 +211,27 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
     )
 
 
-def relative_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
-    """trace(D H D^T) / trace(W H W^T) with D = quantized - W, over evenly spaced rows (at most 256)."""
+def relative_error(weight: Tensor, solution: Solution, hessian: Tensor | None) -> float:
+    """trace(D H D^T) / trace(W H W^T) with D = quantized - W: the share of the layer's output energy that is error.
+
+    Measured over evenly spaced rows (at most 256). Without a Hessian all inputs count alike.
+
+    Args:
+        weight: [out, in], the original. Read, never written.
+        solution: of this weight.
+        hessian: [in, in] or None.
+    """
     rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // _ERROR_ROWS), device=weight.device)
-    exact = weight[rows]
-    groups = solution.g_idx.long()
-    codes = solution.codes[rows].to(weight.dtype)
-    grid = solution.scales[rows].to(weight.dtype), solution.zeros[rows].to(weight.dtype)
-    error = dequantize(codes, grid[0][:, groups], grid[1][:, groups]) - exact
-    energy = ((exact @ hessian) * exact).sum()
-    return float(((error @ hessian) * error).sum() / energy) if float(energy) > 0 else 0.0
+    dtype = torch.float32 if hessian is None else hessian.dtype
+    exact, groups = weight[rows].to(dtype), solution.g_idx.long()
+    scales, zeros = solution.scales[rows][:, groups].to(dtype), solution.zeros[rows][:, groups].to(dtype)
+    error = dequantize(solution.codes[rows].to(dtype), scales, zeros) - exact
+
+    def energy(matrix: Tensor) -> float:
+        return float(((matrix if hessian is None else matrix @ hessian) * matrix).sum())
+
+    whole = energy(exact)
+    return energy(error) / whole if whole > 0 else 0.0
 
 
 def _fit(live: Tensor, hessian: Tensor, columns: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
@@ -289,14 +297,11 @@ def _round_to_nearest(weight: Tensor, config: QuantizeConfig, size: int) -> Solu
         grouped, bits=config.bits, sym=config.sym, clip_search=config.clip_search, hessian=None
     )
     codes = quantize(grouped, scale[:, None], zero[:, None], config.bits)
-    energy = float(weight.square().sum())
-    error = float((dequantize(codes, scale[:, None], zero[:, None]) - grouped).square().sum())
     return Solution(
         codes=codes.to(torch.uint8).reshape(rows, columns),
         scales=scale.reshape(rows, -1),
         zeros=zero.reshape(rows, -1),
         g_idx=(torch.arange(columns, device=weight.device) // size).to(torch.int32),
-        relative_error=error / energy if energy > 0 else 0.0,
         damp_percent=config.damp_percent,
         damp_escalations=0,
         dead_columns=0,

@@ -1,0 +1,349 @@
+"""A quantized checkpoint as a folder: what goes into it, how it appears all at once, how it is loaded and proven.
+
+The tensors' layout is packing.py, reading and writing shards is shards.py, the walk that makes the tensors is walk.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import qquant
+from qquant.config import QuantizeConfig, QuantizeLog
+from qquant.errors import BadModelError, NumericError, UsageError
+from qquant.hf_plugin import METHOD, GptqFileConfig, GptqLoader, check_keys, swap_linears
+from qquant.linear import Kernel
+from qquant.models.layouts import block_list, linears
+from qquant.packing import packable, period
+from qquant.shards import INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
+from qquant.solver import group_columns
+from qquant.sources import LoadedModel, StreamedModel, read_config, resolve_folder
+
+_log = logging.getLogger("qquant")
+
+MANIFEST_NAME = "manifest.json"
+LOG_NAME = "quant_log.json"
+_CARRIED = (
+    "tokenizer*", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+# Keys that name places on the machine that saved them, or code to run.
+_DROPPED_KEYS = frozenset(("_name_or_path", "name_or_path", "auto_map", "tokenizer_file", "custom_pipelines"))
+
+
+def plan_tensors(source: StreamedModel, config: QuantizeConfig) -> tuple[dict[str, TensorSpec], list[str], list[str]]:
+    """What the quantized checkpoint will hold, known before anything is computed.
+
+    Args:
+        source: the original model.
+        config: what will be done.
+
+    Returns:
+        Every tensor's spec in model order, the full names of the linears to be packed, and of those left alone.
+
+    Raises:
+        UsageError: a group size that does not divide a row, a shape that the format cannot hold, or rules that leave
+            nothing to quantize.
+    """
+    packed: dict[str, QuantizeConfig] = {}
+    skipped: list[str] = []
+    for index, block in enumerate(block_list(source.model, source.layout)):
+        for inner, layer in linears(block).items():
+            name = f"{source.layout.blocks}.{index}.{inner}"
+            chosen = config.for_module(name)
+            if chosen is None:
+                skipped.append(name)
+                continue
+            _refuse_unpackable(name, layer.in_features, layer.out_features, chosen)
+            packed[name] = chosen
+    if not packed:
+        raise UsageError("the rules leave every linear layer alone, so there is nothing to quantize; remove some")
+    plan: dict[str, TensorSpec] = {}
+    for tensor in source.stored_names():
+        name, _, leaf = tensor.rpartition(".")
+        spec = source.reader.spec(tensor)
+        if leaf == "weight" and name in packed:
+            plan.update(_packed_specs(name, spec.shape, packed[name]))
+        else:
+            plan[tensor] = spec
+    return plan, list(packed), skipped
+
+
+def refuse_unpackable_model(source: LoadedModel, config: QuantizeConfig) -> None:
+    """The same checks for a model in memory, before anything is changed."""
+    for index, block in enumerate(block_list(source.model, source.layout)):
+        for inner, layer in linears(block).items():
+            name = f"{source.layout.blocks}.{index}.{inner}"
+            chosen = config.for_module(name)
+            if chosen is not None:
+                _refuse_unpackable(name, layer.in_features, layer.out_features, chosen)
+
+
+def attach_quantization(model: Any, config: QuantizeConfig, quantized: list[str], skipped: list[str]) -> None:
+    """Mark a model in memory as quantized, so that ``save_pretrained`` writes the keys of a GPTQ checkpoint."""
+    file_config = GptqFileConfig.from_dict(quantization_keys(config, quantized, skipped))
+    model.hf_quantizer = GptqLoader(file_config, pre_quantized=True)
+    model.config.quantization_config = file_config
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+def _refuse_unpackable(name: str, rows: int, columns: int, config: QuantizeConfig) -> None:
+    try:
+        group_columns(rows, config.group_size)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
+    if not packable(rows, columns, config.bits):
+        raise UsageError(
+            f"{name}: a {config.bits}-bit GPTQ tensor needs both sides to be multiples of {period(config.bits)[0]}, "
+            f"got [{columns}, {rows}]; leave it alone with --skip '.*{name.rpartition('.')[2]}'"
+        )
+
+
+def _packed_specs(name: str, shape: tuple[int, ...], config: QuantizeConfig) -> dict[str, TensorSpec]:
+    columns, rows = shape
+    groups = rows // group_columns(rows, config.group_size)
+    return {
+        f"{name}.qweight": TensorSpec("I32", (rows * config.bits // 32, columns)),
+        f"{name}.qzeros": TensorSpec("I32", (groups, columns * config.bits // 32)),
+        f"{name}.scales": TensorSpec("F16", (groups, columns)),
+        f"{name}.g_idx": TensorSpec("I32", (rows,)),
+    }
+
+
+def quantization_keys(config: QuantizeConfig, quantized: list[str], skipped: list[str]) -> dict[str, Any]:
+    """The ``quantization_config`` that every GPTQ reader understands.
+
+    Modules left alone are named twice, because GPTQModel reads ``dynamic`` and transformers only
+    ``modules_in_block_to_quantize``.
+    """
+    keys: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "desc_act": config.needs_g_idx,
+        "sym": config.sym,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "static_groups": config.static_groups,
+        "true_sequential": config.true_sequential,
+        "damp_percent": config.damp_percent,
+        "model_file_base_name": "model",
+        "meta": {
+            "quantizer": [f"qquant:{qquant.__version__}"],
+            "method": config.method,
+            "act_group_aware": config.group_aware,
+            "clip_search": config.clip_search,
+        },
+    }
+    if config.dynamic:
+        keys["dynamic"] = {rule: change.model_dump(exclude_none=True) for rule, change in config.dynamic.items()}
+    if skipped:
+        keys["modules_in_block_to_quantize"] = [quantized]
+    return keys
+
+
+@contextmanager
+def published(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A staging folder beside ``out`` that becomes ``out`` in one rename when the block ends without an error.
+
+    Raises:
+        UsageError: ``out`` exists and ``overwrite`` is False, or is not a folder of ours to replace.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        _sync_folder(staging)
+        if out.exists():
+            refuse_existing(out, overwrite=overwrite)
+            retired = out.parent / f".{out.name}.replaced-{os.getpid()}"
+            out.rename(retired)
+            staging.rename(out)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Only a folder that holds a model (or nothing) is ever replaced, and only if asked for."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UsageError(f"the output must not exist yet, {out} does; choose another or pass --overwrite")
+    replaceable = out.is_dir() and not out.is_symlink() and (not any(out.iterdir()) or (out / "config.json").exists())
+    if not replaceable:
+        raise UsageError(f"--overwrite replaces a model folder, {out} is not one; choose another output")
+
+
+def write_side_files(source: Path, target: Path, keys: Mapping[str, Any]) -> None:
+    """config.json with the quantization keys, quantize_config.json, tokenizer, chat template, generation config."""
+    config = _without_local_keys(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    config["quantization_config"] = dict(keys)
+    write_json(target / "config.json", config)
+    write_json(target / "quantize_config.json", dict(keys))
+    carried = {path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()}
+    for path in sorted(carried):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.name.endswith("_config.json") else {}
+        if content.keys() & _DROPPED_KEYS:
+            write_json(target / path.name, _without_local_keys(content))
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def write_manifest(
+    target: Path, *, source: Path, config: QuantizeConfig, data: Mapping[str, Any], log: QuantizeLog
+) -> None:
+    """The quantization log and a manifest of everything: inputs, options, versions and the sha256 of every file.
+
+    Neither holds times, paths or text, so the same inputs give the same bytes.
+    """
+    write_json(target / LOG_NAME, log.model_dump(mode="json", exclude={"modules": {"__all__": {"seconds"}}}))
+    names = sorted(path.name for path in weight_files(source)) + ["config.json"]
+    write_json(
+        target / MANIFEST_NAME,
+        {
+            "schema_version": 1,
+            "source": {"name": source.resolve().name, "files": {name: sha256(source / name) for name in names}},
+            "config": config.model_dump(mode="json"),
+            "data": dict(data),
+            "versions": {"qquant": qquant.__version__}
+            | {package: version(package) for package in ("torch", "transformers", "safetensors")},
+            "files": {path.name: sha256(path) for path in sorted(target.iterdir()) if path.name != MANIFEST_NAME},
+        },
+    )
+
+
+def reopen(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> StreamedModel:
+    """A quantized folder as a block source, with every key and shape checked and its linears packed."""
+    config = GptqFileConfig.from_dict({**quantization_config(folder), "kernel": "reference"})
+
+    def prepare(model: Any, reader: CheckpointReader) -> None:
+        swap_linears(model, reader, config)
+
+    return StreamedModel(folder, dtype=dtype, device=device, prepare=prepare)
+
+
+def check_logits(written: Tensor, walked: Tensor) -> None:
+    """The reopened checkpoint must compute what the walk computed.
+
+    Both run the same operations on the same values, so they differ at most where a matmul splits its sums another
+    way: by a few roundings of the compute dtype, relative to the largest logit.
+
+    Raises:
+        NumericError: they differ by more, or are not finite.
+    """
+    if not bool(torch.isfinite(written).all()):
+        raise NumericError("the written checkpoint gives logits that are not finite; it was not published")
+    largest, difference = float(walked.abs().max()), float((written - walked).abs().max())
+    if difference > 16 * torch.finfo(written.dtype).eps * max(largest, 1.0):
+        raise NumericError(
+            f"the written checkpoint must give the logits of the walk, they differ by {difference:g} "
+            f"(largest logit {largest:g}); it was not published"
+        )
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """The quantization keys of a checkpoint, from config.json, or quantize_config.json of AutoGPTQ's time.
+
+    Raises:
+        BadModelError: none, or two that disagree on what the tensors mean.
+    """
+    main = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    beside = folder / "quantize_config.json"
+    side = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+    if main is None and side is None:
+        raise BadModelError(f"a GPTQ checkpoint must have quantization_config in config.json, {folder} has none")
+    if main is None or side is None:
+        keys: dict[str, Any] = main if main is not None else side  # type: ignore[assignment]
+    else:
+        for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format"):
+            if key in main and key in side and main[key] != side[key]:
+                raise BadModelError(
+                    f"config.json and quantize_config.json of {folder} disagree on {key} ({main[key]} and {side[key]}); "
+                    "remove the one that does not belong"
+                )
+        keys = main
+    check_keys(keys)
+    return keys
+
+
+def load_quantized(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    kernel: Kernel = "auto",
+    **model_options: Any,
+) -> PreTrainedModel:
+    """Load a GPTQ checkpoint, ours or another tool's, as a transformers model with packed linears.
+
+    Args:
+        path: folder, or a hub id.
+        dtype: compute dtype; "auto": the one config.json names, but float32 for float16 on a CPU.
+        device_map: as in transformers' ``from_pretrained``; None: the CPU.
+        kernel: "auto" or "reference", see ``QuantLinear``.
+        **model_options: passed on to ``from_pretrained``.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        BadModelError: incomplete, inconsistent, or with keys that are not understood.
+    """
+    folder = resolve_folder(str(path))
+    config = read_config(folder)
+    keys = quantization_config(folder)
+    config.quantization_config = {**keys, "quant_method": METHOD, "kernel": kernel}
+    (first, *rest) = weight_files(folder)
+    if not rest and first.name != SINGLE_NAME and not (folder / INDEX_NAME).exists():
+        config.transformers_weights = first.name  # AutoGPTQ's gptq_model-4bit-128g.safetensors
+    if dtype == "auto":
+        declared = getattr(config, "dtype", None) or torch.float32
+        dtype = torch.float32 if declared == torch.float16 and device_map in (None, "cpu") else declared
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **model_options
+    )
+    return model
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Readable JSON with a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_local_keys(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in _DROPPED_KEYS}
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,126 @@
+"""Where a decoder's blocks are, which linear layers a block holds, and which of them share an input.
+
+Families that we know are described by a table; any other model is described by its structure: the longest ModuleList
+whose members hold linear layers. Nothing here knows of quantization or checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from qquant.errors import BadModelError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a block that adds to the residual stream: ``x <- x + module(norm(x))``.
+
+    ``stages`` are the linears of ``module`` in the order in which data reaches them; those of one stage share an
+    input. The last stage is one linear whose output is the output of ``module``.
+    """
+
+    norm: str
+    module: str
+    stages: tuple[tuple[str, ...], ...]
+    sees_positions: bool
+    """Whether ``module`` takes the block's keyword arguments (mask, positions) as attention does."""
+
+    @property
+    def tail(self) -> str:
+        """The linear whose output is the unit's contribution to the residual stream."""
+        return self.stages[-1][0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's blocks, and the units of each; ``units`` is None where a block is only known by its structure."""
+
+    blocks: str
+    units: tuple[Unit, ...] | None
+
+
+_PRE_NORM_DECODER = Layout(
+    blocks="model.layers",
+    units=(
+        Unit(
+            norm="input_layernorm",
+            module="self_attn",
+            stages=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)),
+            sees_positions=True,
+        ),
+        Unit(
+            norm="post_attention_layernorm",
+            module="mlp",
+            stages=(("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+            sees_positions=False,
+        ),
+    ),
+)
+
+_KNOWN = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PRE_NORM_DECODER)
+
+
+def find_layout(model: nn.Module, model_type: str) -> Layout:
+    """Describe where a model's blocks are.
+
+    Args:
+        model: a causal language model; parameters may be on the meta device.
+        model_type: ``config.model_type``.
+
+    Raises:
+        BadModelError: no list of blocks with linear layers, or blocks that keep weights in a form that is neither a
+            linear layer nor a vector (fused mixture-of-experts weights, convolutions).
+    """
+    layout = _KNOWN.get(model_type) or Layout(_longest_block_list(model, model_type), None)
+    for index, block in enumerate(block_list(model, layout)):
+        _refuse_foreign_weights(block, f"{layout.blocks}.{index}", model_type)
+        if layout.units is not None:
+            listed = {name for unit in layout.units for stage in unit.stages for name in stage}
+            found = set(linears(block))
+            if listed != found:
+                raise BadModelError(
+                    f"a {model_type} block must hold the linears {sorted(listed)}, "
+                    f"{layout.blocks}.{index} holds {sorted(found)}; this variant is not supported"
+                )
+    return layout
+
+
+def block_list(model: nn.Module, layout: Layout) -> nn.ModuleList:
+    """The ModuleList of decoder blocks."""
+    blocks = model.get_submodule(layout.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer of a block by its name inside the block, in definition order."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _longest_block_list(model: nn.Module, model_type: str) -> str:
+    candidates = [
+        (len(module), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(linears(child) for child in module)
+    ]
+    if not candidates:
+        raise BadModelError(
+            f"no list of blocks with linear layers was found in a model of type {model_type!r}; "
+            "known families: " + ", ".join(sorted(_KNOWN))
+        )
+    longest = max(length for length, _ in candidates)
+    # The outermost of the longest: a list of experts inside a block has a longer name.
+    return min((name for length, name in candidates if length == longest), key=len)
+
+
+def _refuse_foreign_weights(block: nn.Module, name: str, model_type: str) -> None:
+    known = {id(linear.weight) for linear in linears(block).values()}
+    for parameter_name, parameter in block.named_parameters():
+        if parameter.ndim >= 2 and id(parameter) not in known:
+            shape = tuple(parameter.shape)
+            raise BadModelError(
+                f"every matrix of a block must belong to a linear layer; {name}.{parameter_name} {shape} of model type "
+                f"{model_type!r} does not (fused experts and convolutions are not supported)"
+            )

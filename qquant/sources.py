@@ -1,0 +1,257 @@
+"""Where the walk's blocks come from: a model in memory, or a folder that is read block by block.
+
+Reading tensors is shards.py; where blocks are is models/layouts.py. Nothing here quantizes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from qquant.errors import BadModelError, UsageError
+from qquant.models.layouts import Layout, block_list, find_layout
+from qquant.shards import DTYPES, CheckpointReader
+
+_log = logging.getLogger("qquant")
+
+# Buffers that old checkpoints stored and every model computes for itself.
+_COMPUTED_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias")
+
+
+def resolve_folder(name: str) -> Path:
+    """A local model folder, or the local copy of a hub model ``owner/name`` (fetched if the hub can be reached).
+
+    Raises:
+        BadModelError: neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise BadModelError(f"a model must be a folder or a hub id owner/name, and {name} is neither")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja"]))
+    except (OSError, ValueError) as error:  # the hub client's errors derive from these two
+        reason = str(error).split("\n")[0][:200]
+        raise BadModelError(f"{name} is no local folder, and the hub did not give it: {reason}") from error
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration; a local folder only, and never with remote code.
+
+    Raises:
+        BadModelError: no such folder, no config.json, or a model type that transformers does not know.
+    """
+    if not folder.is_dir():
+        raise BadModelError(f"a model must be a local folder, and {folder} is none; download the model first")
+    if not (folder / "config.json").is_file():
+        raise BadModelError(f"a model folder must hold config.json, {folder} does not")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n")[0][:300]
+        raise BadModelError(f"the model in {folder} cannot be built by the installed transformers: {reason}") from error
+    return config
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; raises BadModelError if there is none or it needs code of its own."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n")[0][:300]
+        raise BadModelError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name} was asked for, but this torch sees no GPU; use --device cpu")
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """A compute dtype by name; None for "auto"."""
+    names = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise UsageError(f"dtype must be one of {list(names)}, got {name!r}")
+    return names[name]
+
+
+class LoadedModel:
+    """A model whose weights are all in memory; blocks are already there and stay.
+
+    Args:
+        model: a causal language model. Modified in place by whoever replaces its linears.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Find the blocks."""
+        self.model: nn.Module = model
+        self.layout: Layout = find_layout(model, model.config.model_type)
+
+    def load(self, index: int) -> nn.Module:
+        """Block ``index``."""
+        return block_list(self.model, self.layout)[index]
+
+    def release(self, index: int) -> None:
+        """Nothing to take away."""
+
+
+class StreamedModel:
+    """A model folder read block by block: only the skeleton, the current block and what stands outside blocks is held.
+
+    Args:
+        folder: model folder with safetensors weights.
+        dtype: compute dtype; None: the stored dtype, or float32 for float16 weights on a CPU, where float16 is slow.
+        device: where blocks are computed.
+        prepare: called with the skeleton before keys are checked, to put packed linears in place.
+
+    Raises:
+        BadModelError: tensors are missing, unknown or of another shape than the configuration says.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", prepare: Any = None
+    ) -> None:
+        """Build the skeleton on the meta device and check every name and shape against the files' headers."""
+        self.folder, self.device = folder, torch.device(device)
+        self.config = read_config(folder)
+        if prepare is None and getattr(self.config, "quantization_config", None) is not None:
+            raise BadModelError(f"{folder} is quantized already; start from the original checkpoint")
+        self.reader = CheckpointReader(folder)
+        self.dtype = dtype or self._compute_dtype()
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+        model.eval()
+        if prepare is not None:
+            prepare(model, self.reader)
+        self.model: nn.Module = model
+        self.layout = find_layout(model, self.config.model_type) if prepare is None else _blocks_only(model, self.config)
+        self.tied = _tied_names(model)
+        self._check_tensors()
+
+    def load(self, index: int) -> nn.Module:
+        """Block ``index`` with its weights in memory, in the compute dtype."""
+        block = block_list(self.model, self.layout)[index]
+        self._fill(block, f"{self.layout.blocks}.{index}.")
+        return block
+
+    def release(self, index: int) -> None:
+        """Put block ``index`` back onto the meta device."""
+        block_list(self.model, self.layout)[index].to("meta")
+
+    def load_outside(self, *, with_head: bool) -> None:
+        """Read what stands outside the blocks; the output projection only if it is wanted."""
+        prefix = self.layout.blocks + "."
+        heads = {"lm_head.weight", "lm_head.bias"} if not with_head else set()
+        for name, tensor in _tensors(self.model).items():
+            if not name.startswith(prefix) and tensor.is_meta and name not in heads and name not in self.tied:
+                _put(self.model, name, self._read(name, tensor))
+        if self.tied and with_head:
+            self.model.tie_weights()  # type: ignore[operator]
+
+    def release_outside(self) -> None:
+        """Put what stands outside the blocks back onto the meta device."""
+        prefix = self.layout.blocks + "."
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(prefix):
+                _put(self.model, name, parameter.to("meta"))
+
+    def finite_chunks(self, name: str) -> Iterator[Tensor]:
+        """A stored tensor piece by piece; raises BadModelError at a value that is not finite."""
+        for chunk in self.reader.chunks(name):
+            if chunk.is_floating_point() and not bool(torch.isfinite(chunk).all()):
+                raise BadModelError(f"weights must be finite, {name} in {self.folder} holds NaN or Inf")
+            yield chunk
+
+    def stored_names(self) -> list[str]:
+        """The tensors of the model in its own order, without tied copies."""
+        return [name for name in _tensors(self.model) if name not in self.tied]
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        for name, tensor in _tensors(module).items():
+            _put(module, name, self._read(prefix + name, tensor))
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        tensor = self.reader.read(name)
+        if tensor.is_floating_point():
+            if not bool(torch.isfinite(tensor).all()):
+                raise BadModelError(f"weights must be finite, {name} in {self.folder} holds NaN or Inf")
+            tensor = tensor.to(like.dtype)
+        return tensor.to(self.device)
+
+    def _compute_dtype(self) -> torch.dtype:
+        floating = [e.spec.dtype for e in self.reader.entries.values() if len(e.spec.shape) >= 2]
+        stored = max(set(floating), key=floating.count) if floating else "F32"
+        dtype = DTYPES[stored]
+        if not dtype.is_floating_point:
+            declared = getattr(self.config, "dtype", None)
+            dtype = declared if isinstance(declared, torch.dtype) else torch.float32
+        return torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
+
+    def _check_tensors(self) -> None:
+        wanted, stored = _tensors(self.model), self.reader.entries
+        missing = [name for name in wanted if name not in stored and name not in self.tied]
+        if missing:
+            raise BadModelError(
+                f"tensor {missing[0]} is missing from {self.folder} ({len(missing)} missing in all); "
+                "the download is incomplete or config.json belongs to another model"
+            )
+        for name, tensor in wanted.items():
+            if name in stored and stored[name].spec.shape != tuple(tensor.shape):
+                got = list(stored[name].spec.shape)
+                raise BadModelError(f"{name} must have shape {list(tensor.shape)} by config.json, {self.folder} holds {got}")
+        extra = sorted(stored.keys() - wanted.keys())
+        unknown = [name for name in extra if not any(fnmatch.fnmatch(name, known) for known in _COMPUTED_BUFFERS)]
+        if unknown:
+            raise BadModelError(
+                f"{self.folder} holds {unknown[0]} ({len(unknown)} such), which a {self.config.model_type} model "
+                "does not have; config.json and weights do not belong together"
+            )
+        if extra:
+            _log.warning("%d stored tensors are computed by the model itself and left out: %s", len(extra), extra[0])
+
+
+def _blocks_only(model: nn.Module, config: PretrainedConfig) -> Layout:
+    """The layout of a model whose linears are already packed; only its blocks are needed."""
+    with init_empty_weights():
+        plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return find_layout(plain, config.model_type)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name."""
+    return dict(module.state_dict(keep_vars=True))
+
+
+def _tied_names(model: Any) -> set[str]:
+    """Names that are copies of another tensor by the model's own rule, such as a tied output projection."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
