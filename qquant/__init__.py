@@ -32,7 +32,7 @@ _HOME = {
     "register": "qquant.hf_plugin",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

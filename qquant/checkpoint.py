@@ -217,7 +217,7 @@ def write_manifest(
     Neither holds times, paths or text, so the same inputs give the same bytes.
     """
     write_json(target / LOG_NAME, log.model_dump(mode="json", exclude={"modules": {"__all__": {"seconds"}}}))
-    names = sorted(path.name for path in weight_files(source)) + ["config.json"]
+    names = [*sorted(path.name for path in weight_files(source)), "config.json"]
     write_json(
         target / MANIFEST_NAME,
         {
@@ -278,8 +278,8 @@ def quantization_config(folder: Path) -> dict[str, Any]:
         for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format"):
             if key in main and key in side and main[key] != side[key]:
                 raise BadModelError(
-                    f"config.json and quantize_config.json of {folder} disagree on {key} ({main[key]} and {side[key]}); "
-                    "remove the one that does not belong"
+                    f"config.json and quantize_config.json of {folder} disagree on {key}: {main[key]} "
+                    f"and {side[key]}; remove the one that does not belong"
                 )
         keys = main
     check_keys(keys)

@@ -87,7 +87,9 @@ class QuantizeConfig(Strict):
         if self.act_group_aware and self.desc_act:
             raise ValueError("act_group_aware and desc_act are two orders of the same columns; switch one of them off")
         if self.act_group_aware and self.group_size == -1:
-            raise ValueError("act_group_aware orders groups, and group_size -1 has only one; use desc_act or a group size")
+            raise ValueError(
+                "act_group_aware orders groups, and group_size -1 has only one; use desc_act or a group size"
+            )
         return self
 
     @classmethod
@@ -161,5 +163,7 @@ def _one_line(error: ValueError) -> str:
     for item in details():
         field = ".".join(str(piece) for piece in item["loc"]) or "options"
         message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{field}: {message}" if item["type"] == "value_error" else f"{field}: {message}, got {item['input']!r}")
+        parts.append(
+            f"{field}: {message}" if item["type"] == "value_error" else f"{field}: {message}, got {item['input']!r}"
+        )
     return "; ".join(parts)

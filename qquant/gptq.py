@@ -64,6 +64,7 @@ def quantize_checkpoint(
         QquantError: bad options (UsageError), model, data, numbers, or disk; nothing is left at ``out``.
     """
     from qquant.calibrate import check_samples, fingerprint
+    from qquant.capture import capture, head
     from qquant.checkpoint import (
         check_logits,
         plan_tensors,
@@ -77,7 +78,7 @@ def quantize_checkpoint(
     from qquant.linear import QuantLinear
     from qquant.shards import ShardWriter
     from qquant.sources import StreamedModel, resolve_folder
-    from qquant.walk import Walk, capture, head
+    from qquant.walk import Walk
 
     folder, target = resolve_folder(str(model)), Path(out)
     source = StreamedModel(folder, dtype=dtype, device=device)
@@ -93,7 +94,7 @@ def quantize_checkpoint(
                 writer.write_chunks(name, source.finite_chunks(name))
 
         def write(name: str, layer: nn.Linear, solution: Solution, settings: QuantizeConfig) -> None:
-            packed = QuantLinear.from_solution(solution, None, bits=settings.bits, group_size=settings.group_size)
+            packed = QuantLinear.from_codes(*solution.packable(), bits=settings.bits, group_size=settings.group_size)
             for part, tensor in packed.state_dict().items():
                 writer.write(f"{name}.{part}", tensor)
 
@@ -137,11 +138,12 @@ def quantize_model(
         QquantError: bad options, data or numbers. The model may then be partly quantized; load it again.
     """
     from qquant.calibrate import check_samples
+    from qquant.capture import capture
     from qquant.checkpoint import attach_quantization, refuse_unpackable_model
     from qquant.config import QuantizeLog
     from qquant.linear import QuantLinear
     from qquant.sources import LoadedModel
-    from qquant.walk import Walk, capture
+    from qquant.walk import Walk
 
     source = LoadedModel(model)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -151,8 +153,9 @@ def quantize_model(
     replacements: dict[str, QuantLinear] = {}
 
     def keep(name: str, layer: nn.Linear, solution: Solution, settings: QuantizeConfig) -> None:
-        options = {"bits": settings.bits, "group_size": settings.group_size}
-        replacements[name] = QuantLinear.from_solution(solution, layer.bias, **options)
+        replacements[name] = QuantLinear.from_codes(
+            *solution.packable(), bias=layer.bias, bits=settings.bits, group_size=settings.group_size
+        )
 
     walk = Walk(source, config, keep, on_module or (lambda record: None))
     walk.run(capture(source, chosen, model.device))
@@ -179,16 +182,15 @@ def _logits_of(source: Any, sample: Sample, device: torch.device | str) -> torch
     """Logits [1, T, vocab] of one sample through a folder that is read block by block."""
     import torch
 
+    from qquant.capture import capture, first_output, head
     from qquant.models.layouts import block_list
-    from qquant.walk import capture, head
 
     source.load_outside(with_head=True)
     stream = capture(source, [sample], device)
     hidden = stream.hidden[0]
     with torch.inference_mode():
         for index in range(len(block_list(source.model, source.layout))):
-            output = source.load(index)(hidden, **stream.calls[0][index])
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = first_output(source.load(index)(hidden, **stream.calls[0][index]))
             source.release(index)
     return head(source, hidden, device)
 
@@ -198,10 +200,14 @@ def quantize_command(
     out: Annotated[Path, typer.Option("--out", "--out_path", help="Folder to make.")],
     data: Annotated[
         str | None,
-        typer.Option("--data", "--data_path", help="Calibration data: text, JSONL, Qwen or OpenAI chats, parquet, hub id."),
+        typer.Option(
+            "--data", "--data_path", help="Calibration data: text, JSONL, Qwen or OpenAI chats, parquet, hub id."
+        ),
     ] = None,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option("--group-size", "--group_size", help="Columns per scale; -1: a row.")] = 128,
+    group_size: Annotated[
+        int, typer.Option("--group-size", "--group_size", help="Columns per scale; -1: a row.")
+    ] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Fix zeros at mid-range, or fit them.")] = True,
     seq_len: Annotated[int, typer.Option("--seq-len", "--max_len", help="Tokens per sample, at most.")] = 2048,
     n_samples: Annotated[int, typer.Option("--n-samples", help="Calibration samples.")] = 128,
@@ -285,10 +291,15 @@ def _config(options: dict[str, Any], skips: list[str], overrides: list[str]) -> 
             raise UsageError(f"an override is 'REGEX=bits:8,group_size:64', got {text!r}")
         try:
             rules[f"+:{pattern}"] = ModuleOverride.model_validate(
-                {key.strip(): value.strip() if value.strip() in ("true", "false") else int(value) for key, value in pairs}
+                {
+                    key.strip(): value.strip() if value.strip() in ("true", "false") else int(value)
+                    for key, value in pairs
+                }
             )
         except ValueError as error:
-            raise UsageError(f"override {text!r}: {str(error).splitlines()[0]}; known: bits, group_size, sym") from error
+            raise UsageError(
+                f"override {text!r}: {str(error).splitlines()[0]}; known: bits, group_size, sym"
+            ) from error
     return QuantizeConfig.from_dict({**options, "dynamic": rules})
 
 

@@ -4,6 +4,7 @@ What a checkpoint's quantization keys mean to us is decided here, and so is what
 numbers and is not understood. Folders and files around it are checkpoint.py's.
 """
 
+# ruff: noqa: SIM905 - a split string of words reads better than sixty quoted ones
 from __future__ import annotations
 
 import logging
@@ -13,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -32,16 +37,18 @@ _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 # Keys that record how a checkpoint was made, or how some reader should run it, and do not change what it holds.
 _PROVENANCE = frozenset(
-    """act_group_aware auto_round_version autoround_version backend batch_size bits_and_bytes block_name_to_quantize
-    cache_block_outputs damp_auto_increment damp_percent data_type dataset disable_exllama enable_minmax_tuning
-    enable_quanted_input exllama_config fallback foem gptaq gradient_accumulate_steps hessian hyb_act is_marlin_format
-    iters low_gpu_mem_usage lr max_input_length max_length meta minmax_lr model_file_base_name model_name_or_path
-    model_seqlen module_name_preceding_first_block mse nsamples offload_to_disk pad_token_id pack_impl provider
-    quant_method method quantizer scale_dtype seqlen static_groups tokenizer true_sequential uri use_cuda_fp16
-    use_exllama vram_strategy""".split()
+    "act_group_aware auto_round_version autoround_version backend batch_size block_name_to_quantize "
+    "cache_block_outputs damp_auto_increment damp_percent data_type dataset disable_exllama "
+    "enable_minmax_tuning enable_quanted_input exllama_config fallback foem gptaq "
+    "gradient_accumulate_steps hessian hyb_act is_marlin_format iters low_gpu_mem_usage lr "
+    "max_input_length max_length meta minmax_lr model_file_base_name model_name_or_path model_seqlen "
+    "module_name_preceding_first_block mse nsamples offload_to_disk pad_token_id pack_impl provider "
+    "quant_method method quantizer scale_dtype seqlen static_groups tokenizer true_sequential uri "
+    "use_cuda_fp16 use_exllama vram_strategy ".split()
 )
 _UNDERSTOOD = frozenset(
-    "bits group_size sym desc_act checkpoint_format format lm_head dynamic modules_in_block_to_quantize pack_dtype".split()
+    "bits group_size sym desc_act checkpoint_format format lm_head dynamic modules_in_block_to_quantize "
+    "pack_dtype".split()
 )
 
 
@@ -51,7 +58,7 @@ class GptqFileConfig(QuantizationConfigMixin):
 
     def __init__(self, kernel: Kernel = "auto", **keys: Any) -> None:
         """Check the keys; raises BadModelError naming the one that is not understood."""
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.kernel = kernel
         self.keys = {**keys, "quant_method": "gptq"}
         check_keys(self.keys)
@@ -110,8 +117,8 @@ class GptqLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         for name, tensor in self._filled.items():
-            module, _, leaf = name.rpartition(".")
-            layer = model.get_submodule(module)
+            path, _dot, leaf = name.rpartition(".")
+            layer = model.get_submodule(path)
             setattr(layer, leaf, tensor.to(layer.qweight.device))
 
     def is_serializable(self) -> bool:
@@ -181,7 +188,9 @@ def swap_linears(model: Any, reader: CheckpointReader, config: GptqFileConfig) -
         if not isinstance(linear, nn.Linear):
             raise BadModelError(f"{name} is stored packed, but in the model it is a {type(linear).__name__}")
         if name in {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", None) or {}}:
-            raise BadModelError(f"{name} is stored packed, but tie_word_embeddings says it shares the embedding's weight")
+            raise BadModelError(
+                f"{name} is stored packed, but tie_word_embeddings says it shares the embedding's weight"
+            )
         layer = _empty_layer(name, linear, reader, config, version)
         filled.update(_left_out(name, layer, reader, config))
         parent, _, leaf = name.rpartition(".")

@@ -10,10 +10,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from qquant.packing import dequantize, pack_codes, pack_zeros, unpack_codes, unpack_zeros
-from qquant.solver import Solution
 
 Kernel = Literal["auto", "reference"]
 
@@ -25,7 +24,14 @@ _INT4PACK_GROUPS = (32, 64, 128, 256)
 
 @torch.library.custom_op("qquant::gptq_linear", mutates_args=())
 def gptq_linear(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bias: Tensor | None, bits: int, version: int
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    version: int,
 ) -> Tensor:
     """``x @ W + bias`` with W unpacked from the GPTQ layout: the reference that every kernel is compared with.
 
@@ -48,7 +54,14 @@ def gptq_linear(
 
 @gptq_linear.register_fake
 def _(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bias: Tensor | None, bits: int, version: int
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    version: int,
 ) -> Tensor:
     torch._check(x.shape[-1] == g_idx.shape[0], lambda: f"x must end in {g_idx.shape[0]} features, got {x.shape[-1]}")
     return x.new_empty(*x.shape[:-1], scales.shape[1])
@@ -90,7 +103,7 @@ class QuantLinear(nn.Module):
         kernel: Kernel = "auto",
         device: torch.device | str | None = None,
     ) -> None:
-        """Make empty buffers of the right shapes; the weights come from a state dict or ``from_solution``."""
+        """Make empty buffers of the right shapes; the weights come from a state dict or ``from_codes``."""
         super().__init__()
         size = in_features if group_size == -1 else group_size
         groups = -(-in_features // size)
@@ -108,23 +121,38 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else empty(out_features, dtype=bias))
 
     @classmethod
-    def from_solution(cls, solution: Solution, bias: Tensor | None, *, bits: int, group_size: int) -> QuantLinear:
-        """Pack a solved weight; the bias is kept as it is."""
-        rows, columns = solution.codes.shape
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        g_idx: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        bias: Tensor | None = None,
+    ) -> QuantLinear:
+        """Pack a solved weight.
+
+        Args:
+            codes: [out, in] integer.
+            scales: [out, groups] floating, exactly representable in float16.
+            zeros: [out, groups] integer-valued.
+            g_idx: [in] int32.
+            bits: 2, 3, 4 or 8.
+            group_size: columns per group, -1 for the whole row.
+            bias: [out] or None, kept as it is.
+        """
+        rows, columns = codes.shape
         bias_dtype = None if bias is None else bias.dtype
         layer = cls(columns, rows, bits=bits, group_size=group_size, bias=bias_dtype, device="meta")
-        layer.qweight = pack_codes(solution.codes.T, bits)
-        layer.qzeros = pack_zeros(solution.zeros.T, bits)
-        layer.scales = solution.scales.T.to(torch.float16).contiguous()
-        layer.g_idx = solution.g_idx.clone()
+        layer.qweight = pack_codes(codes.T, bits)
+        layer.qzeros = pack_zeros(zeros.T, bits)
+        layer.scales = scales.T.to(torch.float16).contiguous()
+        layer.g_idx = g_idx.clone()
         if bias is not None:
             layer.bias = bias.detach().clone()
         return layer
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """The dtype of the stored scales."""
-        return self.scales.dtype
 
     def dequantized(self) -> Tensor:
         """The real weights, [out, in] float32."""

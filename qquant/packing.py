@@ -150,7 +150,8 @@ def dequantize(
     scales = scales.to(torch.float32)
     rows, groups = codes.shape[0], scales.shape[0]
     if rows % groups == 0 and torch.equal(g_idx.long(), torch.arange(rows, device=g_idx.device) // (rows // groups)):
-        grouped = codes.reshape(groups, rows // groups, -1).to(torch.float32)
-        return grouped.sub_(zeros[:, None]).mul_(scales[:, None]).reshape(rows, -1)
+        grouped: Tensor = codes.reshape(groups, rows // groups, -1).to(torch.float32)
+        result: Tensor = grouped.sub_(zeros[:, None]).mul_(scales[:, None]).reshape(rows, -1)
+        return result
     index = g_idx.long()
     return (codes.to(torch.float32) - zeros[index]) * scales[index]

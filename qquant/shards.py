@@ -1,4 +1,4 @@
-"""Safetensors folders, tensor by tensor: read one without holding a file in memory, write one whose tensors arrive late.
+"""Safetensors folders, tensor by tensor: read one without holding a file, write one whose tensors arrive late.
 
 The reader never trusts a header: names stay inside the folder, sizes must add up before anything is allocated. The
 writer lays out every shard beforehand, so disk space is taken at the start and no tensor waits in memory.
@@ -12,8 +12,9 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class CheckpointReader:
         buffer = torch.empty(entry.spec.nbytes, dtype=torch.uint8, device="cpu")
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
-            _read_fully(stream, memoryview(buffer.numpy()), entry)
+            _read_fully(stream, _bytes_of(buffer), entry)
         return buffer.view(DTYPES[entry.spec.dtype]).reshape(entry.spec.shape)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
@@ -113,7 +114,7 @@ class CheckpointReader:
             left = entry.spec.nbytes
             while left:
                 buffer = torch.empty(min(left, _CHUNK), dtype=torch.uint8, device="cpu")
-                _read_fully(stream, memoryview(buffer.numpy()), entry)
+                _read_fully(stream, _bytes_of(buffer), entry)
                 left -= buffer.numel()
                 yield buffer.view(dtype)
 
@@ -200,7 +201,7 @@ class ShardWriter:
         with (self._folder / file_name).open("r+b", buffering=0) as stream:
             stream.seek(start)
             for chunk in chunks:
-                data = memoryview(chunk.view(torch.uint8).numpy())
+                data = _bytes_of(chunk)
                 while len(data):
                     count = stream.write(data)
                     data = data[count:]
@@ -298,7 +299,13 @@ def _read_header(file: Path, metadata: dict[str, str]) -> dict[str, Entry]:
     return entries
 
 
-def _read_fully(stream: BinaryIO | Any, view: memoryview, entry: Entry) -> None:
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes, shared, not copied."""
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _read_fully(stream: RawIOBase, view: memoryview, entry: Entry) -> None:
     while len(view):
         count = stream.readinto(view)
         if not count:

@@ -80,6 +80,10 @@ class Solution:
     damp_escalations: int
     dead_columns: int
 
+    def packable(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """codes, scales, zeros, g_idx: what the file format stores."""
+        return self.codes, self.scales, self.zeros, self.g_idx
+
     def weight(self) -> Tensor:
         """The real values that the codes stand for: [out, in] float32, as every reader of the file computes them."""
         groups = self.g_idx.long()
@@ -106,7 +110,7 @@ def solve(weight: Tensor, hessian: Tensor | None, config: QuantizeConfig, *, blo
     Source: Frantar et al., GPTQ, arXiv:2210.17323. Each group's grid is fitted to weights that carry every update of
         earlier columns, so the result equals the one-column-at-a-time algorithm for any ``block_size``.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     size = group_columns(columns, config.group_size)
     if not bool(torch.isfinite(weight).all()):
         raise NumericError("weights must be finite, got NaN or Inf; the source checkpoint is damaged")
@@ -235,7 +239,7 @@ def relative_error(weight: Tensor, solution: Solution, hessian: Tensor | None) -
 
 
 def _fit(live: Tensor, hessian: Tensor, columns: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
-    """Scale and zero [out] of one group: ``live`` [out, size] holds the weights of these ``columns`` as they are now."""
+    """Scale and zero [out] of one group; ``live`` [out, size] are the weights of its ``columns`` as they are now."""
     block = hessian[columns][:, columns] if config.clip_search == "hessian" else None
     return search_qparams(live, bits=config.bits, sym=config.sym, clip_search=config.clip_search, hessian=block)
 

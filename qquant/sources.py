@@ -40,7 +40,9 @@ def resolve_folder(name: str) -> Path:
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise BadModelError(f"a model must be a folder or a hub id owner/name, and {name} is neither")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja"])
+        )
     except (OSError, ValueError) as error:  # the hub client's errors derive from these two
         reason = str(error).split("\n")[0][:200]
         raise BadModelError(f"{name} is no local folder, and the hub did not give it: {reason}") from error
@@ -145,7 +147,9 @@ class StreamedModel:
         if prepare is not None:
             prepare(model, self.reader)
         self.model: nn.Module = model
-        self.layout = find_layout(model, self.config.model_type) if prepare is None else _blocks_only(model, self.config)
+        self.layout = (
+            find_layout(model, self.config.model_type) if prepare is None else _blocks_only(model, self.config)
+        )
         self.tied = _tied_names(model)
         self._check_tensors()
 
@@ -219,7 +223,9 @@ class StreamedModel:
         for name, tensor in wanted.items():
             if name in stored and stored[name].spec.shape != tuple(tensor.shape):
                 got = list(stored[name].spec.shape)
-                raise BadModelError(f"{name} must have shape {list(tensor.shape)} by config.json, {self.folder} holds {got}")
+                raise BadModelError(
+                    f"{name} must have shape {list(tensor.shape)} by config.json, {self.folder} holds {got}"
+                )
         extra = sorted(stored.keys() - wanted.keys())
         unknown = [name for name in extra if not any(fnmatch.fnmatch(name, known) for known in _COMPUTED_BUFFERS)]
         if unknown:

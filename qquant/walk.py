@@ -1,4 +1,4 @@
-"""The walk over a model's decoder blocks: capture what enters a block, quantize its linears, pass on what leaves it.
+"""The walk over a model's decoder blocks: accumulate Hessians, solve a block's linears, pass on what leaves it.
 
 One engine serves models in memory and models that are read from disk block by block: the caller's ``BlockSource``
 brings a block in and takes it away again. Mathematics is in solver.py, files are in checkpoint.py.
@@ -7,18 +7,18 @@ brings a block in and takes it away again. Mathematics is in solver.py, files ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qquant.calibrate import Sample
+from qquant.capture import BlockSource, Stream, discover_stages, first_output, input_of
 from qquant.config import ModuleRecord, QuantizeConfig
-from qquant.errors import BadModelError, NumericError, QquantError
-from qquant.models.layouts import Layout, Unit, block_list, linears
+from qquant.errors import NumericError, QquantError
+from qquant.models.layouts import Unit, block_list, linears
 from qquant.solver import Hessian, Solution, relative_error, solve
 
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
@@ -26,136 +26,8 @@ from qquant.solver import Hessian, Solution, relative_error, solve
 _KEPT_TAIL_BYTES = 256 * 2**20
 
 
-class BlockSource(Protocol):
-    """Where the walk gets its blocks from."""
-
-    model: nn.Module
-    layout: Layout
-
-    def load(self, index: int) -> nn.Module:
-        """Block ``index`` with its weights in memory."""
-
-    def release(self, index: int) -> None:
-        """The walk is done with the block."""
-
-
 Emit = Callable[[str, nn.Linear, Solution, QuantizeConfig], None]
 """Receives each solved linear: full name, the layer with its original weight, the solution, its settings."""
-
-
-@dataclass
-class Stream:
-    """The calibration samples as they stand before the current block."""
-
-    hidden: list[Tensor]
-    """Per sample: [1, T, hidden], in the compute dtype."""
-    masks: list[Tensor | None]
-    """Per sample: [T] bool, False tokens are left out of Hessians; None: all count."""
-    calls: list[list[dict[str, Any]]]
-    """Per sample, per block: the keyword arguments the model gives the block (shared between samples of one length)."""
-
-    def counted(self, index: int, inputs: Tensor) -> Tensor:
-        """The rows of sample ``index``'s inputs [1, T, K] that count: [T', K]."""
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        mask = self.masks[index]
-        return flat if mask is None else flat[mask.to(flat.device)]
-
-
-class _Stop(Exception):  # noqa: N818 - it ends a forward pass early, it is no error
-    """Raised inside a forward pass once what was wanted has been seen."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments, returns its input."""
-
-    def __init__(self, block: nn.Module, last: bool) -> None:
-        super().__init__()
-        object.__setattr__(self, "original", block)
-        self.last = last
-        self.hidden: Tensor | None = None
-        self.call: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "original"), name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **call: Any) -> Tensor:
-        if args:
-            raise BadModelError("a block must take its arguments after the first by keyword; this model's do not")
-        self.hidden, self.call = hidden_states, call
-        if self.last:
-            raise _Stop
-        return hidden_states
-
-
-@contextmanager
-def _replaced_blocks(model: nn.Module, layout: Layout, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-    blocks = block_list(model, layout)
-    originals = list(blocks)
-    for index, stand_in in enumerate(stand_ins):
-        blocks[index] = stand_in
-    try:
-        yield
-    finally:
-        for index, original in enumerate(originals):
-            blocks[index] = original
-
-
-@torch.inference_mode()
-def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device | str) -> Stream:
-    """Run everything before the first block and note what each block will be called with.
-
-    Args:
-        source: the model; its embeddings must be in memory, its blocks need not.
-        samples: calibration samples.
-        device: where the model's embeddings are.
-
-    Returns:
-        The stream in front of block 0.
-    """
-    model, layout = source.model, source.layout
-    blocks = block_list(model, layout)
-    recorders = [_Recorder(block, index == len(blocks) - 1) for index, block in enumerate(blocks)]
-    stream = Stream([], [], [])
-    known: dict[int, list[dict[str, Any]]] = {}
-    with _replaced_blocks(model, layout, recorders):
-        for sample in samples:
-            ids, mask = sample.input_ids.to(device)[None], sample.mask
-            whole = bool(mask.all())
-            try:
-                model(input_ids=ids, attention_mask=None if whole else mask.long().to(device)[None], use_cache=False)
-            except _Stop:
-                pass
-            hidden = recorders[0].hidden
-            if hidden is None:
-                raise BadModelError(f"the model never called the first of its blocks, {layout.blocks}.0")
-            length = ids.shape[1]
-            calls = known.get(length) if whole else None
-            if calls is None:
-                calls = [recorder.call for recorder in recorders]
-                if whole:
-                    known[length] = calls
-            stream.hidden.append(hidden.clone())
-            stream.masks.append(None if whole else mask)
-            stream.calls.append(calls)
-    return stream
-
-
-@torch.inference_mode()
-def head(source: BlockSource, hidden: Tensor, device: torch.device | str) -> Tensor:
-    """The model's logits [1, T, vocab] for what leaves the last block [1, T, hidden]."""
-
-    class Given(nn.Module):
-        def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-            return hidden
-
-    blocks = block_list(source.model, source.layout)
-    with _replaced_blocks(source.model, source.layout, [Given() for _ in blocks]):
-        ids = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=device)
-        logits: Tensor = source.model(input_ids=ids, use_cache=False).logits
-    return logits
 
 
 @dataclass
@@ -193,7 +65,8 @@ class Walk:
             if self.config.method == "rtn":
                 for name in linears(block):
                     self._solve(block, prefix, [name], None)
-                stream.hidden = [_first(block(hidden, **call)) for hidden, call in zip(stream.hidden, calls, strict=True)]
+                for i, hidden in enumerate(stream.hidden):
+                    stream.hidden[i] = first_output(block(hidden, **calls[i]))
             elif units is None or not self.config.true_sequential:
                 self._whole_block(block, prefix, stream, calls)
             else:
@@ -202,9 +75,7 @@ class Walk:
             _check_finite(stream, prefix)
             self.source.release(index)
 
-    def _unit(
-        self, block: nn.Module, prefix: str, unit: Unit, stream: Stream, calls: list[dict[str, Any]]
-    ) -> None:
+    def _unit(self, block: nn.Module, prefix: str, unit: Unit, stream: Stream, calls: list[dict[str, Any]]) -> None:
         """Quantize one residual unit stage by stage and add its output to the stream."""
         norm, module = block.get_submodule(unit.norm), block.get_submodule(unit.module)
         tail = block.get_submodule(unit.tail)
@@ -223,13 +94,13 @@ class Walk:
                 kept[i] = hidden.new_empty(0)
             else:
                 output = run(i)
-            stream.hidden[i] = hidden + _first(output)
+            stream.hidden[i] = hidden + first_output(output)
 
     def _whole_block(self, block: nn.Module, prefix: str, stream: Stream, calls: list[dict[str, Any]]) -> None:
         """Quantize a block that is only known by its structure: run it whole for every set of linears."""
 
         def run(i: int) -> Tensor:
-            return _first(block(stream.hidden[i], **calls[i]))
+            return first_output(block(stream.hidden[i], **calls[i]))
 
         stages = discover_stages(block, prefix, lambda: run(0))
         if self.config.true_sequential:
@@ -249,11 +120,10 @@ class Walk:
             self._solve(block, prefix, stage, None)
             return None
         kept: list[Tensor] | None = [] if keep else None
-        linear = block.get_submodule(stage[0])
-        assert isinstance(linear, nn.Linear)
+        linear = _linear(block, stage[0])
         hessian = Hessian(linear.in_features, device=linear.weight.device)
         for i in range(len(stream.hidden)):
-            inputs = _input_of(linear, lambda i=i: run(i))  # type: ignore[misc]
+            inputs = input_of(linear, partial(run, i))
             self._add(hessian, stream.counted(i, inputs), f"{prefix}.{stage[0]}")
             if kept is not None:
                 kept.append(inputs)
@@ -262,11 +132,9 @@ class Walk:
         self._solve(block, prefix, stage, hessian.finish())
         return kept
 
-    def _hessians(
-        self, block: nn.Module, names: list[str], run: Callable[[int], Any], stream: Stream
-    ) -> list[Hessian]:
+    def _hessians(self, block: nn.Module, names: list[str], run: Callable[[int], Any], stream: Stream) -> list[Hessian]:
         """The Hessians of several inputs from one run of every sample."""
-        layers = [block.get_submodule(name) for name in names]
+        layers = [_linear(block, name) for name in names]
         hessians = [Hessian(layer.in_features, device=layer.weight.device) for layer in layers]
         seen: dict[int, Tensor] = {}
         hooks = [
@@ -306,7 +174,7 @@ class Walk:
             for name in together:
                 settings[name] = None
             began = time.perf_counter()
-            layers = [block.get_submodule(name) for name in together]
+            layers = [_linear(block, name) for name in together]
             weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
             try:
                 solution = solve(weight, hessian, chosen)
@@ -315,7 +183,6 @@ class Walk:
             del weight
             seconds = (time.perf_counter() - began) / len(together)
             for name, layer, part in zip(together, layers, _split(solution, layers), strict=True):
-                assert isinstance(layer, nn.Linear)
                 self._install(f"{prefix}.{name}", layer, part, chosen, hessian, seconds)
 
     def _install(
@@ -348,64 +215,17 @@ class Walk:
         self.on_module(record)
 
 
-def discover_stages(block: nn.Module, prefix: str, run: Callable[[], Any]) -> list[list[str]]:
-    """Which linears of a block share an input, in the order in which data reaches them, found by running it once.
-
-    Raises:
-        BadModelError: a linear is not reached (an expert that the router did not choose, say).
-    """
-    inputs: list[Tensor] = []
-    stages: list[list[str]] = []
-
-    def note(name: str, tensor: Tensor) -> None:
-        for known, stage in zip(inputs, stages, strict=True):
-            if known is tensor:
-                stage.append(name)
-                return
-        inputs.append(tensor)
-        stages.append([name])
-
-    layers = linears(block)
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    missing = sorted(layers.keys() - {name for stage in stages for name in stage})
-    if missing:
-        raise BadModelError(
-            f"every linear of a block must see calibration data, {prefix}.{missing[0]} was not reached "
-            f"({len(missing)} such); experts that a router skips are not supported"
-        )
-    return stages
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
-def _input_of(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """What reaches ``layer`` when ``run`` is called; the rest of the run is cut off."""
-    seen: list[Tensor] = []
-
-    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Stop
-
-    hook = layer.register_forward_pre_hook(note)
-    try:
-        run()
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def _split(solution: Solution, layers: Sequence[nn.Module]) -> list[Solution]:
+def _split(solution: Solution, layers: Sequence[nn.Linear]) -> list[Solution]:
     """Cut a tall solution back into its layers."""
-    heights = [int(layer.weight.shape[0]) for layer in layers]
-    parts = zip(solution.codes.split(heights), solution.scales.split(heights), solution.zeros.split(heights), strict=True)
+    heights = [layer.out_features for layer in layers]
+    tall = (solution.codes, solution.scales, solution.zeros)
+    parts = zip(*(tensor.split(heights) for tensor in tall), strict=True)
     return [
         Solution(
             codes=codes,
@@ -418,12 +238,6 @@ def _split(solution: Solution, layers: Sequence[nn.Module]) -> list[Solution]:
         )
         for codes, scales, zeros in parts
     ]
-
-
-def _first(output: Any) -> Tensor:
-    """The hidden states of a module's output, which some models return as the first of a tuple."""
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
 
 
 def _check_finite(stream: Stream, prefix: str) -> None:

@@ -1,0 +1,53 @@
+"""The one place that knows which compiled modules exist here, and why one is missing.
+
+It imports them on first use and never raises for a missing one. What a module computes lives in csrc/; what the
+package does without it lives with each caller.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+MODULES = ("qquant._host",)
+"""Every compiled module that setup.py may build."""
+
+REBUILD = "QQUANT_NATIVE=1 python -m pip install --no-build-isolation --no-deps -e ."
+"""Builds all modules from a source tree and ends with the compiler's own message if one cannot be built."""
+
+
+class NativeStatus(NamedTuple):
+    """Whether one compiled module is usable, and the reason if it is not."""
+
+    name: str
+    live: bool
+    why: str
+    """Empty when live."""
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """Import one compiled module: (module, "") or (None, the reason)."""
+    if os.environ.get("QQUANT_NATIVE") == "0":
+        return None, "switched off by QQUANT_NATIVE=0"
+    try:
+        return import_module(name), ""
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            return None, f"built, but it needs {error.name}"
+        return None, "not built"
+    except ImportError as error:
+        return None, f"built, but does not load here: {error}"
+
+
+def host() -> ModuleType | None:
+    """The module of csrc/host.cpp (processor features, read bandwidth), or None where it is not built."""
+    return _load("qquant._host")[0]
+
+
+def status() -> list[NativeStatus]:
+    """Each compiled module with its state here."""
+    return [NativeStatus(name, module is not None, why) for name in MODULES for module, why in [_load(name)]]

@@ -1,0 +1,233 @@
+"""How far a candidate model's predictions are from its baseline's, token by token over one text.
+
+Perplexity, KL divergence and top-1 agreement come out of one pass. Nothing here loads a model, reads a file,
+tokenizes or prints: a model is a function from token ids to logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qquant.errors import BadDataError, BadModelError, NumericError, UsageError
+
+LogitsFn = Callable[[Tensor, int], Tensor]
+"""(window [seq] int64, keep) -> [keep, vocab] logits that follow each of the window's last ``keep`` tokens."""
+
+ProgressFn = Callable[[int, int], None]
+"""Called after every window with (tokens scored so far, tokens to score)."""
+
+_CHUNK_ELEMENTS = 2**23
+"""Logits widened to float32 at a time: 32 MiB each for a handful of temporaries, 55 tokens of a 152k vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """What one model scored. The comparing fields are None where there was no baseline, or it is the baseline."""
+
+    tokens: int
+    """Tokens that were predicted and scored: every token of the text but the first, each once."""
+    nll_mean_nats: float
+    """Mean negative log-likelihood of the text's tokens."""
+    perplexity: float
+    """exp(nll_mean_nats)."""
+    nll_difference_nats: float | None = None
+    """Mean of (candidate - baseline) over tokens; its exp is the ratio of the perplexities."""
+    nll_difference_stderr_nats: float | None = None
+    """Standard error of that mean, from the per-token differences; None for a single token."""
+    kl_mean_nats: float | None = None
+    """Mean over tokens of KL(baseline || candidate)."""
+    kl_p99_nats: float | None = None
+    """Smallest of the per-token values that at least 99 % of the tokens do not exceed; exact, not interpolated."""
+    kl_max_nats: float | None = None
+    """Largest per-token value."""
+    top1_agreement: float | None = None
+    """Share of tokens where both models rank the same token first, 0 to 1."""
+
+
+class Window(NamedTuple):
+    """One forward pass: feed ``ids[begin : end - 1]``, score the predictions of ``ids[first:end]``."""
+
+    begin: int
+    first: int
+    end: int
+
+
+@dataclass
+class _Tally:
+    """Per-token results of one model, filled window by window; a token never written stays NaN."""
+
+    nll: Tensor
+    """[tokens] float64, nats."""
+    kl: Tensor
+    """[tokens] float32, nats."""
+    agreed: int = 0
+
+
+def windows(tokens: int, *, seq_len: int, stride: int) -> Iterator[Window]:
+    """Cut a text so that every token after the first is scored exactly once.
+
+    Every window feeds ``seq_len`` tokens (fewer only if the text is shorter). The first scores all its predictions,
+    each later one the ``stride`` last, so that a token is predicted from at least ``seq_len - stride + 1`` tokens
+    once the text is that old. The last window reaches back to stay full and scores what is left.
+
+    Args:
+        tokens: length of the text.
+        seq_len: tokens fed per window, at least 1.
+        stride: new tokens scored per window, 1 to ``seq_len``.
+
+    Raises:
+        UsageError: seq_len or stride is out of range.
+    """
+    if seq_len < 1:
+        raise UsageError(f"seq_len must be at least 1, got {seq_len}")
+    if not 1 <= stride <= seq_len:
+        raise UsageError(f"stride must be between 1 and seq_len ({seq_len}), got {stride}: a larger one skips tokens")
+    first = 1
+    while first < tokens:
+        end = min(tokens, first + (seq_len if first == 1 else stride))
+        yield Window(max(0, end - 1 - seq_len), first, end)
+        first = end
+
+
+def evaluate(
+    baseline: LogitsFn | None,
+    candidates: Mapping[str, LogitsFn],
+    ids: Tensor,
+    *,
+    seq_len: int,
+    stride: int,
+    progress: ProgressFn | None = None,
+) -> tuple[Accuracy | None, dict[str, Accuracy]]:
+    """Score a baseline and its candidates on one text in one pass; the baseline runs once per window.
+
+    Log-probabilities are float32, a few tokens at a time; everything summed over tokens is float64.
+
+    Args:
+        baseline: the model that the candidates are compared with, or None for perplexity alone.
+        candidates: label -> model.
+        ids: [tokens] int64, the text. Read, never written.
+        seq_len: tokens fed per window.
+        stride: tokens scored per window; see ``windows``.
+        progress: told after every window how many tokens are done.
+
+    Returns:
+        The baseline's own accuracy (None without one) and each candidate's, by label.
+
+    Raises:
+        BadDataError: the text has fewer than two tokens.
+        BadModelError: a model returned logits of another shape than the baseline's.
+        NumericError: a model returned a logit that is not finite.
+    """
+    if ids.ndim != 1 or ids.numel() < 2:
+        raise BadDataError(f"a text to evaluate is one row of at least 2 tokens, got shape {list(ids.shape)}")
+    count = ids.numel() - 1
+    reference = _new_tally(count)
+    tallies = {label: _new_tally(count) for label in candidates}
+    with torch.inference_mode():
+        for window in windows(ids.numel(), seq_len=seq_len, stride=stride):
+            fed, keep = ids[window.begin : window.end - 1], window.end - window.first
+            targets = ids[window.first : window.end]
+            theirs = None
+            if baseline is not None:
+                theirs = _checked(baseline(fed, keep), keep, None, "the baseline")
+                _score_window(theirs, None, targets, window.first - 1, reference, "the baseline")
+            for label, model in candidates.items():
+                ours = _checked(model(fed, keep), keep, theirs, label)
+                _score_window(ours, theirs, targets, window.first - 1, tallies[label], label)
+            if progress is not None:
+                progress(window.end - 1, count)
+    if baseline is None:
+        return None, {label: _summarize(tally, None) for label, tally in tallies.items()}
+    return _summarize(reference, None), {label: _summarize(tally, reference) for label, tally in tallies.items()}
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row, never below zero.
+
+    The sum runs over p (log p - log q) + (q - p). The second part adds up to nothing for exact probabilities, and
+    for rounded ones it cancels the rounding of the two normalizers to first order: what is left is as small as the
+    divergence itself, where the textbook sum keeps a floor near 1e-7 and turns negative.
+
+    Args:
+        log_p: [rows, vocab] float32 natural log-probabilities. Read, never written.
+        log_q: [rows, vocab] float32, the same. Read, never written.
+
+    Returns:
+        [rows] float64, nats.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) + (q - p)).sum(-1, dtype=torch.float64).clamp_(min=0)
+
+
+def _new_tally(count: int) -> _Tally:
+    return _Tally(torch.full((count,), math.nan, dtype=torch.float64), torch.full((count,), math.nan))
+
+
+def _checked(logits: Tensor, keep: int, baseline: Tensor | None, label: str) -> Tensor:
+    """Refuse logits that cannot be compared row by row and column by column."""
+    if logits.ndim != 2 or logits.shape[0] != keep:
+        raise BadModelError(f"{label} must return [{keep}, vocab] logits, got {list(logits.shape)}")
+    if baseline is not None and logits.shape != baseline.shape:
+        raise BadModelError(
+            f"{label} predicts {logits.shape[1]} tokens and the baseline {baseline.shape[1]}: "
+            "a candidate must have its baseline's vocabulary"
+        )
+    return logits
+
+
+def _score_window(
+    ours: Tensor, theirs: Tensor | None, targets: Tensor, offset: int, tally: _Tally, label: str
+) -> None:
+    """Write one window's per-token results into ``tally`` from place ``offset`` on; modifies ``tally`` only."""
+    size = max(1, _CHUNK_ELEMENTS // ours.shape[1])
+    for begin in range(0, ours.shape[0], size):
+        rows = slice(begin, begin + size)
+        wanted = targets[rows, None].to(ours.device)
+        place = slice(offset + begin, offset + begin + wanted.shape[0])
+        log_q = _log_probs(ours[rows], label, place)
+        tally.nll[place] = -log_q.gather(1, wanted)[:, 0].double().cpu()
+        if theirs is not None:
+            # The baseline's own pass over these rows has already proved them finite.
+            log_p = torch.log_softmax(theirs[rows].float().to(log_q.device), dim=-1)
+            tally.kl[place] = kl_divergence(log_p, log_q).float().cpu()
+            tally.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+
+def _log_probs(logits: Tensor, label: str, place: slice) -> Tensor:
+    """[rows, vocab] float32 log-probabilities, or NumericError that says whose and where."""
+    result = torch.log_softmax(logits.float(), dim=-1)
+    # One bad logit makes some log-probability NaN or -inf; amin shows either without a mask as large as the logits.
+    if not math.isfinite(result.amin().item()):
+        raise NumericError(
+            f"{label} returned a logit that is not finite for the tokens {place.start + 1} to {place.stop} of the text; "
+            "the model is damaged, or its dtype overflows: try bfloat16 or float32"
+        )
+    return result
+
+
+def _summarize(tally: _Tally, baseline: _Tally | None) -> Accuracy:
+    """Fold per-token results into means, in float64."""
+    count = tally.nll.numel()
+    mean = tally.nll.mean().item()
+    if not mean < 700:  # exp overflows float64 soon after; a model this bad has no perplexity to speak of
+        raise NumericError(f"the mean negative log-likelihood must be a number below 700 nats, got {mean:.6g}")
+    if baseline is None:
+        return Accuracy(tokens=count, nll_mean_nats=mean, perplexity=math.exp(mean))
+    difference = tally.nll - baseline.nll
+    return Accuracy(
+        tokens=count,
+        nll_mean_nats=mean,
+        perplexity=math.exp(mean),
+        nll_difference_nats=difference.mean().item(),
+        nll_difference_stderr_nats=difference.std().item() / math.sqrt(count) if count > 1 else None,
+        kl_mean_nats=tally.kl.mean(dtype=torch.float64).item(),
+        kl_p99_nats=tally.kl.kthvalue(-(-99 * count // 100)).values.item(),
+        kl_max_nats=tally.kl.max().item(),
+        top1_agreement=tally.agreed / count,
+    )

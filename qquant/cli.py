@@ -1,0 +1,46 @@
+"""The console script ``qquant``: one table of subcommands, each of which lives in its own door.
+
+No command is implemented here, and nothing heavy is imported: the doors import torch inside their commands.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import qquant
+from qquant.doctor import doctor_command
+from qquant.eval import evaluate_command
+from qquant.gptq import quantize_command
+
+app = typer.Typer(
+    name="qquant",
+    help="Quantize Qwen- and Llama-like models to Int4/Int8 with GPTQ, and prove what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("quantize")(quantize_command)
+app.command("eval")(evaluate_command)
+app.command("doctor")(doctor_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qquant {qquant.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize Qwen- and Llama-like models to Int4/Int8 with GPTQ, and prove what it cost."""
+
+
+def main() -> None:
+    """Run the command line; the entry point of the console script."""
+    app()

@@ -1,0 +1,259 @@
+"""Meters: peak memory, generation speed, sizes on disk, and the machine they were read on.
+
+Every result is a frozen dataclass whose field names carry the unit. Nothing here loads a model, compares two
+results or writes a report; a model comes in as a function.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qquant.errors import UsageError
+
+PeakSource = Literal["vmhwm_since_reset", "vmhwm_since_process_start", "ru_maxrss_since_process_start", "unavailable"]
+
+StepFn = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""(ids [1, new] int64, cache or None) -> (logits [1, vocab] after the last id, cache that holds the ids as well)."""
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK_RSS = "5"
+"""Written to clear_refs, resets VmHWM to the current VmRSS; see proc_pid_clear_refs(5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Memory of this process around one piece of work, such as loading a model and running it once."""
+
+    tensor_bytes: int | None
+    """Parameters and buffers of the model alone, counted once where they are shared."""
+    rss_before_bytes: int | None
+    """Resident set when the work began: what else the process already held."""
+    peak_rss_bytes: int | None
+    """Largest resident set, including what was held before."""
+    peak_rss_source: PeakSource
+    """Which counter was read, and since when: only vmhwm_since_reset belongs to this work alone."""
+    cuda_before_bytes: int | None
+    """Allocated on the CUDA device when the work began."""
+    cuda_peak_bytes: int | None
+    """Largest allocation on the CUDA device, by torch's allocator (not what nvidia-smi shows)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast one model reads a prompt and writes tokens, one sequence at a time."""
+
+    prompt_tokens: int
+    decode_tokens: int
+    prefill_tokens_per_second: float
+    """prompt_tokens by the median of prefill_seconds."""
+    decode_tokens_per_second: float
+    """decode_tokens by the median of decode_seconds."""
+    prefill_seconds: tuple[float, ...]
+    """Every repetition, in order; warm-ups are left out."""
+    decode_seconds: tuple[float, ...]
+    """Every repetition, in order; each is decode_tokens single steps with a KV cache, the best token taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The software and the machine, without anything that names its owner: no host, user or path."""
+
+    python: str
+    torch: str
+    transformers: str
+    qquant: str
+    platform: str
+    cpu: str
+    threads: int
+    device: str
+
+
+class MemoryMeter:
+    """Reads what a piece of work cost: make one, do the work, ask ``read``.
+
+    Where the kernel lets us, the peak is reset when the meter is made; where not, the record says since when it counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._was_reset = _reset_peak_rss()
+        self._rss_before = _status_bytes("VmRSS")
+        self._cuda_before: int | None = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._cuda_before = torch.cuda.memory_allocated(device)
+
+    def read(self, model: torch.nn.Module | None = None) -> Memory:
+        """The memory since the meter was made; with a model also the bytes of its tensors."""
+        peak, source = _peak_rss(was_reset=self._was_reset)
+        return Memory(
+            tensor_bytes=None if model is None else tensor_bytes(model),
+            rss_before_bytes=self._rss_before,
+            peak_rss_bytes=peak,
+            peak_rss_source=source,
+            cuda_before_bytes=self._cuda_before,
+            cuda_peak_bytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
+        )
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; storage that two names share counts once."""
+    storages = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storage = tensor.untyped_storage()
+        storages[(tensor.device, storage.data_ptr())] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure_speed(
+    models: Mapping[str, StepFn], prompt: Tensor, *, decode_tokens: int, repeats: int = 5, warmups: int = 1
+) -> dict[str, Speed]:
+    """Time prefill and decode of several models in turns, so that a noisy machine slows all of them alike.
+
+    The order is turned round at every repetition, so that no model always follows the same neighbour.
+
+    Args:
+        models: label -> one step of that model.
+        prompt: [1, prompt] int64 on the models' device. Read, never written.
+        decode_tokens: single steps after the prompt.
+        repeats: repetitions that count.
+        warmups: repetitions before them that do not.
+
+    Raises:
+        UsageError: one of the counts is too small.
+    """
+    if min(prompt.shape[-1], decode_tokens, repeats) < 1 or warmups < 0:
+        raise UsageError(
+            "a speed needs a prompt, decode_tokens and repeats of at least 1 and warmups of at least 0, "
+            f"got {prompt.shape[-1]}, {decode_tokens}, {repeats} and {warmups}"
+        )
+    times: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
+    for turn in range(warmups + repeats):
+        labels = list(models) if turn % 2 == 0 else list(models)[::-1]
+        for label in labels:
+            seconds = time_generation(models[label], prompt, decode_tokens=decode_tokens)
+            if turn >= warmups:
+                times[label].append(seconds)
+    return {label: _speed(rows, prompt.shape[-1], decode_tokens) for label, rows in times.items()}
+
+
+def time_generation(model: StepFn, prompt: Tensor, *, decode_tokens: int) -> tuple[float, float]:
+    """Seconds to read ``prompt`` [1, prompt] int64, and seconds for ``decode_tokens`` greedy steps after it."""
+    with torch.inference_mode():
+        start = _now(prompt.device)
+        logits, cache = model(prompt, None)
+        prefilled = _now(prompt.device)
+        for _ in range(decode_tokens):
+            logits, cache = model(logits.argmax(-1, keepdim=True), cache)
+        return prefilled - start, _now(prompt.device) - prefilled
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of every file below a folder, links followed."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the ``*.safetensors`` files that lie directly in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def environment(device: torch.device, *, qquant_version: str) -> Environment:
+    """Describe the software and the machine; None of it names a host, a user or a path."""
+    cpu = _cpu_name()
+    return Environment(
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        transformers=_version("transformers"),
+        qquant=qquant_version,
+        # Not platform.platform(): it carries the kernel's build name, which people put machine names in.
+        platform=f"{platform.system()} {platform.machine()}",
+        cpu=cpu,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+    )
+
+
+def _speed(rows: list[tuple[float, float]], prompt_tokens: int, decode_tokens: int) -> Speed:
+    prefill, decode = zip(*rows, strict=True)
+    return Speed(
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
+        decode_tokens_per_second=decode_tokens / statistics.median(decode),
+        prefill_seconds=prefill,
+        decode_seconds=decode,
+    )
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak_rss() -> bool:
+    """Ask Linux to forget this process's peak; False where it does not know how or does not let us."""
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK_RSS)
+    except OSError:
+        return False
+    return True
+
+
+def _peak_rss(*, was_reset: bool) -> tuple[int | None, PeakSource]:
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak, "vmhwm_since_reset" if was_reset else "vmhwm_since_process_start"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None, "unavailable"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "ru_maxrss_since_process_start"
+
+
+def _status_bytes(field: str) -> int | None:
+    """One ``kB`` line of /proc/self/status in bytes; None where there is no such file or line."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
