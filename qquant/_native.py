@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-MODULES = ("qquant._host",)
+MODULES = ("qquant._host", "qquant._gram")
 """Every compiled module that setup.py may build."""
 
 REBUILD = "QQUANT_NATIVE=1 python -m pip install --no-build-isolation --no-deps -e ."
@@ -46,6 +46,12 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 def host() -> ModuleType | None:
     """The module of csrc/host.cpp (processor features, read bandwidth), or None where it is not built."""
     return _load("qquant._host")[0]
+
+
+def gram() -> ModuleType | None:
+    """The module of csrc/gram.cpp (X^T X of bfloat16 rows), or None where it is not built or cannot run."""
+    module = _load("qquant._gram")[0]
+    return module if module is not None and module.available() else None
 
 
 def status() -> list[NativeStatus]:

@@ -6,10 +6,11 @@ tokenizes or prints: a model is a function from token ids to logits.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +68,19 @@ class _Tally:
     kl: Tensor
     """[tokens] float32, nats."""
     agreed: int = 0
+
+
+def logits_fn(model: Any, device: torch.device) -> LogitsFn:
+    """A transformers causal language model on ``device`` as a ``LogitsFn``; no KV cache, no padding."""
+    # With it the output projection skips the tokens that are only context; not every model knows the option.
+    partial = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def logits(window: Tensor, keep: int) -> Tensor:
+        options = {"logits_to_keep": keep} if partial else {}
+        found: Tensor = model(input_ids=window[None].to(device), use_cache=False, **options).logits
+        return found[0, -keep:]
+
+    return logits
 
 
 def windows(tokens: int, *, seq_len: int, stride: int) -> Iterator[Window]:
@@ -181,9 +195,7 @@ def _checked(logits: Tensor, keep: int, baseline: Tensor | None, label: str) -> 
     return logits
 
 
-def _score_window(
-    ours: Tensor, theirs: Tensor | None, targets: Tensor, offset: int, tally: _Tally, label: str
-) -> None:
+def _score_window(ours: Tensor, theirs: Tensor | None, targets: Tensor, offset: int, tally: _Tally, label: str) -> None:
     """Write one window's per-token results into ``tally`` from place ``offset`` on; modifies ``tally`` only."""
     size = max(1, _CHUNK_ELEMENTS // ours.shape[1])
     for begin in range(0, ours.shape[0], size):

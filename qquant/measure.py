@@ -6,6 +6,7 @@ results or writes a report; a model comes in as a function.
 
 from __future__ import annotations
 
+import inspect
 import platform
 import statistics
 import sys
@@ -109,6 +110,18 @@ class MemoryMeter:
         )
 
 
+def step_fn(model: Any) -> StepFn:
+    """A transformers causal language model as a ``StepFn``."""
+    partial = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": 1} if partial else {}
+
+    def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        return output.logits[:, -1], output.past_key_values
+
+    return step
+
+
 def tensor_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers; storage that two names share counts once."""
     storages = {}
@@ -172,7 +185,7 @@ def weights_bytes(folder: Path) -> int:
 
 
 def environment(device: torch.device, *, qquant_version: str) -> Environment:
-    """Describe the software and the machine; None of it names a host, a user or a path."""
+    """Describe the software and the machine; none of it names a host, a user or a path."""
     cpu = _cpu_name()
     return Environment(
         python=platform.python_version(),

@@ -124,7 +124,8 @@ def unpack_zeros(qzeros: Tensor, bits: int, columns: int | None = None, version:
     if version == 2:
         return unpack_codes(words, bits, columns).T.to(torch.int32)
     if WORD_BITS % bits:  # a 3-bit field straddles words, so its one can only be added to the field itself
-        return (unpack_codes(words, bits, columns).T.to(torch.int32) + 1) & (2**bits - 1)
+        fields: Tensor = unpack_codes(words, bits, columns).T.to(torch.int32) + 1
+        return fields.bitwise_and_(2**bits - 1)
     ones = pack_codes(torch.ones(WORD_BITS // bits, 1, dtype=torch.int32, device=qzeros.device), bits)
     return unpack_codes(words + ones, bits, columns).T.to(torch.int32)
 

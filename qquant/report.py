@@ -7,19 +7,18 @@ and is printed as such, never guessed.
 from __future__ import annotations
 
 import logging
-import os
+import math
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qquant.errors import BadDataError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
@@ -35,6 +34,44 @@ _KIND_OF = {
     "down_proj": "down", "c_attn": "qkv", "w2": "gate", "w1": "up",
 }  # fmt: skip
 _MARKERS = "osD^vP*X"
+
+_MB, _PERCENT = "MB", "%"
+_TABLES = {
+    # heading, field of the row, format; a comparison is a dash in the baseline's own row
+    "Accuracy": (
+        ("perplexity", "accuracy.perplexity", ".4f"),
+        ("PPL ratio", "ratios.perplexity", ".4f"),
+        ("NLL difference (nats)", "accuracy.nll_difference_nats", "+.5f"),
+        ("its standard error", "accuracy.nll_difference_stderr_nats", ".5f"),
+        ("mean KL (nats)", "accuracy.kl_mean_nats", ".3g"),
+        ("p99 KL (nats)", "accuracy.kl_p99_nats", ".3g"),
+        ("max KL (nats)", "accuracy.kl_max_nats", ".3g"),
+        ("same top-1", "accuracy.top1_agreement", _PERCENT),
+    ),
+    "Size": (
+        ("weights (MB)", "weights_bytes", _MB),
+        ("ratio", "ratios.weights_bytes", ".3f"),
+        ("bits per weight", "bits_per_weight", ".2f"),
+        ("folder (MB)", "folder_bytes", _MB),
+    ),
+    "Speed, one sequence at a time": (
+        ("prompt tokens", "speed.prompt_tokens", "d"),
+        ("prefill (tokens/s)", "speed.prefill_tokens_per_second", ".1f"),
+        ("ratio", "ratios.prefill_tokens_per_second", ".3f"),
+        ("new tokens", "speed.decode_tokens", "d"),
+        ("decode (tokens/s)", "speed.decode_tokens_per_second", ".1f"),
+        ("ratio", "ratios.decode_tokens_per_second", ".3f"),
+    ),
+    "Memory": (
+        ("tensors (MB)", "memory.tensor_bytes", _MB),
+        ("ratio", "ratios.tensor_bytes", ".3f"),
+        ("RSS before (MB)", "memory.rss_before_bytes", _MB),
+        ("peak RSS (MB)", "memory.peak_rss_bytes", _MB),
+        ("CUDA before (MB)", "memory.cuda_before_bytes", _MB),
+        ("peak CUDA (MB)", "memory.cuda_peak_bytes", _MB),
+    ),
+}
+_COMPARISONS = ("ratios.", "accuracy.kl_", "accuracy.nll_difference", "accuracy.top1")
 
 
 class Strict(BaseModel):
@@ -228,9 +265,8 @@ def to_markdown(report: EvalReport) -> str:
         f"# Evaluation of {', '.join(row.label for row in report.rows if row.role == 'candidate')}",
         f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
         f"stride {data.stride}. All models ran in {report.compute_dtype} on {env.device}.",
-        "## Accuracy\n\n" + _accuracy_table(report.rows),
-        "## Size and memory\n\n" + _size_table(report.rows),
-        "## Speed, one sequence at a time\n\n" + _speed_table(report.rows),
+        *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in _TABLES.items()],
+        f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(_peak_sources(report.rows)) or NOT_MEASURED}.",
         *_worst_layers(report.rows),
         *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots],
         "## How it was run\n\n"
@@ -247,74 +283,26 @@ def to_markdown(report: EvalReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _accuracy_table(rows: Sequence[ModelRow]) -> str:
-    head = ("model", "weights", "perplexity", "PPL ratio", "NLL difference (nats)", "mean KL (nats)",
-            "p99 KL (nats)", "max KL (nats)", "same top-1")  # fmt: skip
-    body = []
-    for row in rows:
-        score, base = row.accuracy, row.role == "baseline"
-        shift = _number(score and score.nll_difference_nats, "+.5f")
-        if score and score.nll_difference_stderr_nats is not None:
-            shift += f" ± {score.nll_difference_stderr_nats:.5f}"
-        compared = (
-            ("1", "0", "0", "0", "0", "100 %")
-            if base
-            else (
-                _number(row.ratios and row.ratios.perplexity, ".4f"),
-                shift,
-                _number(score and score.kl_mean_nats, ".3g"),
-                _number(score and score.kl_p99_nats, ".3g"),
-                _number(score and score.kl_max_nats, ".3g"),
-                _number(score and score.top1_agreement, ".2%").replace("%", " %"),
-            )
-        )
-        body.append((_name(row), _weights(row), _number(score and score.perplexity, ".4f"), *compared))
-    return _table(head, body)
+def _models_table(rows: Sequence[ModelRow], columns: Sequence[tuple[str, str, str]]) -> str:
+    body = [[_name(row), _weights(row), *[_cell(row, path, spec) for _, path, spec in columns]] for row in rows]
+    return _table(["model", "stored as", *[heading for heading, _, _ in columns]], body)
 
 
-def _size_table(rows: Sequence[ModelRow]) -> str:
-    head = ("model", "weights on disk (MB)", "ratio", "bits per weight", "folder (MB)", "tensors in memory (MB)",
-            "ratio", "RSS before (MB)", "peak RSS (MB)", "peak CUDA (MB)")  # fmt: skip
-    body = []
-    for row in rows:
-        memory, ratios = row.memory, row.ratios
-        body.append(
-            (
-                _name(row),
-                _mega(row.weights_bytes),
-                "1" if row.role == "baseline" else _number(ratios and ratios.weights_bytes, ".3f"),
-                _number(row.bits_per_weight, ".2f"),
-                _mega(row.folder_bytes),
-                _mega(memory and memory.tensor_bytes),
-                "1" if row.role == "baseline" else _number(ratios and ratios.tensor_bytes, ".3f"),
-                _mega(memory and memory.rss_before_bytes),
-                _mega(memory and memory.peak_rss_bytes),
-                _mega(memory and memory.cuda_peak_bytes),
-            )
-        )
-    sources = sorted({row.memory.peak_rss_source for row in rows if row.memory})
-    note = f"\n\n1 MB is 10^6 bytes. Peak RSS was read as {', '.join(sources)}." if sources else ""
-    return _table(head, body) + note
+def _cell(row: ModelRow, path: str, spec: str) -> str:
+    if row.role == "baseline" and path.startswith(_COMPARISONS):
+        return "-"
+    value: Any = row
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    if value is None:
+        return NOT_MEASURED
+    if spec == _MB:
+        return f"{value / _MEGA:.2f}"
+    return f"{100 * value:.2f} %" if spec == _PERCENT else format(value, spec)
 
 
-def _speed_table(rows: Sequence[ModelRow]) -> str:
-    head = ("model", "prompt tokens", "prefill (tokens/s)", "ratio", "new tokens", "decode (tokens/s)", "ratio")
-    body = []
-    for row in rows:
-        speed, ratios = row.speed, row.ratios
-        unit = "1" if row.role == "baseline" and speed else None
-        body.append(
-            (
-                _name(row),
-                _number(speed and speed.prompt_tokens, "d"),
-                _number(speed and speed.prefill_tokens_per_second, ".1f"),
-                unit or _number(ratios and ratios.prefill_tokens_per_second, ".3f"),
-                _number(speed and speed.decode_tokens, "d"),
-                _number(speed and speed.decode_tokens_per_second, ".1f"),
-                unit or _number(ratios and ratios.decode_tokens_per_second, ".3f"),
-            )
-        )
-    return _table(head, body)
+def _peak_sources(rows: Sequence[ModelRow]) -> list[str]:
+    return sorted({row.memory.peak_rss_source for row in rows if row.memory})
 
 
 def _worst_layers(rows: Sequence[ModelRow]) -> list[str]:
@@ -337,14 +325,85 @@ def _weights(row: ModelRow) -> str:
     return f"{row.bits}-bit {row.method or ''}".rstrip() + group
 
 
-def _number(value: float | None, spec: str) -> str:
-    return NOT_MEASURED if value is None else format(value, spec)
-
-
-def _mega(value: int | None) -> str:
-    return _number(None if value is None else value / _MEGA, ".2f")
-
-
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rows = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _draw(report: EvalReport, folder: Path) -> list[str]:
+    """Draw every picture the record has data for; say in the log which was not drawn and why."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _LOG.warning(
+            "layer-error.png and size-kl.png were not drawn: matplotlib is missing, pip install 'qquant[plots]'"
+        )
+        return []
+    drawn = []
+    for name, draw in (("layer-error.png", _draw_layer_errors), ("size-kl.png", _draw_size_kl)):
+        # Not pyplot: it keeps global state and would pick a window system.
+        figure = Figure(dpi=150, layout="constrained")
+
+        reason = draw(figure, report)
+        if reason:
+            _LOG.warning("%s was not drawn: %s", name, reason)
+            continue
+        figure.savefig(folder / name, metadata={"Software": None})
+        drawn.append(name)
+    return drawn
+
+
+def _draw_layer_errors(figure: Figure, report: EvalReport) -> str | None:
+    """Heat maps on one colour scale, one per candidate: layer by kind of linear. Returns why it cannot be drawn."""
+    grids = {row.label: grid for row in report.rows if (grid := _layer_grid(row.layer_errors))}
+    if not grids:
+        return "no candidate has a quant_log.json with errors above zero"
+    found = {kind for grid in grids.values() for kind, _ in grid}
+    kinds = [kind for kind in _KINDS if kind in found] + sorted(found.difference(_KINDS))
+    layers = 1 + max(layer for grid in grids.values() for _, layer in grid)
+    values = [value for grid in grids.values() for value in grid.values()]
+    figure.set_size_inches(min(20, 5 + 0.2 * layers), 1 + len(grids) * (0.6 + 0.25 * len(kinds)))
+    axes = figure.subplots(len(grids), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, (label, grid) in zip(axes, grids.items(), strict=True):
+        cells = [[grid.get((kind, layer), math.nan) for layer in range(layers)] for kind in kinds]
+        image = axis.imshow(cells, cmap="cividis", norm="log", vmin=min(values), vmax=max(values), aspect="auto")
+        axis.set(title=label, yticks=range(len(kinds)), yticklabels=kinds, facecolor="lightgrey")
+    axes[-1].set(xlabel="layer", xticks=range(0, layers, 1 + layers // 20))
+    figure.colorbar(image, ax=list(axes), label="relative output error (share of energy)")
+    return None
+
+
+def _layer_grid(errors: Sequence[LayerError]) -> dict[tuple[str, int], float]:
+    """(kind, layer) -> error, for the names that hold a layer's number; a log scale has no place for zeros."""
+    grid = {}
+    for error in errors:
+        *path, leaf = error.name.split(".")
+        layer = next((int(part) for part in path if part.isdecimal()), None)
+        if layer is not None and error.relative_error > 0:
+            kind = "o" if leaf == "c_proj" and "attn" in path else "down" if leaf == "c_proj" else leaf
+            grid[_KIND_OF.get(leaf, kind), layer] = error.relative_error
+    return grid
+
+
+def _draw_size_kl(figure: Figure, report: EvalReport) -> str | None:
+    """Size against divergence, a point per candidate, the baseline's size as a line. Returns why it cannot be drawn."""
+    points = [
+        (row.label, row.weights_bytes / _MEGA, row.accuracy.kl_mean_nats)
+        for row in report.rows
+        if row.weights_bytes is not None and row.accuracy and row.accuracy.kl_mean_nats
+    ]
+    if not points:
+        return "no candidate has both a size and a KL divergence above zero"
+    axis = figure.subplots()
+    for number, (label, size, divergence) in enumerate(points):
+        axis.semilogy(size, divergence, _MARKERS[number % len(_MARKERS)], color=f"C{number}", markersize=8)
+        axis.annotate(label, (size, divergence), xytext=(7, 5), textcoords="offset points")
+    for row in report.rows:
+        if row.role == "baseline" and row.weights_bytes:
+            axis.axvline(row.weights_bytes / _MEGA, color="grey", linestyle="--", label=f"{row.label} (baseline)")
+            axis.legend(loc="best")
+    axis.set(xlabel="weights on disk (MB, 1 MB = 10^6 bytes)", ylabel="mean KL(baseline || candidate) (nats per token)")
+    axis.margins(x=0.2, y=0.2)
+    axis.set_xlim(left=0)
+    axis.grid(which="both", alpha=0.25)
+    return None

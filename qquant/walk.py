@@ -109,7 +109,7 @@ class Walk:
         else:
             hessians = self._hessians(block, [stage[0] for stage in stages], run, stream)
             for stage, hessian in zip(stages, hessians, strict=True):
-                self._solve(block, prefix, stage, hessian.finish())
+                self._solve(block, prefix, stage, hessian)
         stream.hidden = [run(i) for i in range(len(stream.hidden))]
 
     def _stage(
@@ -124,12 +124,12 @@ class Walk:
         hessian = Hessian(linear.in_features, device=linear.weight.device)
         for i in range(len(stream.hidden)):
             inputs = input_of(linear, partial(run, i))
-            self._add(hessian, stream.counted(i, inputs), f"{prefix}.{stage[0]}")
+            hessian.add(stream.counted(i, inputs))
             if kept is not None:
                 kept.append(inputs)
                 if sum(tensor.nbytes for tensor in kept) > _KEPT_TAIL_BYTES:
                     kept = None
-        self._solve(block, prefix, stage, hessian.finish())
+        self._solve(block, prefix, stage, hessian)
         return kept
 
     def _hessians(self, block: nn.Module, names: list[str], run: Callable[[int], Any], stream: Stream) -> list[Hessian]:
@@ -145,24 +145,22 @@ class Walk:
             for i in range(len(stream.hidden)):
                 run(i)
                 for n, hessian in enumerate(hessians):
-                    self._add(hessian, stream.counted(i, seen[n]), names[n])
+                    hessian.add(stream.counted(i, seen[n]))
         finally:
             for hook in hooks:
                 hook.remove()
         return hessians
 
-    def _add(self, hessian: Hessian, inputs: Tensor, name: str) -> None:
-        try:
-            hessian.add(inputs)
-        except QquantError as error:
-            raise type(error)(f"{name}: {error}") from error
-
-    def _solve(self, block: nn.Module, prefix: str, names: list[str], hessian: Tensor | None) -> None:
+    def _solve(self, block: nn.Module, prefix: str, names: list[str], accumulated: Hessian | None) -> None:
         """Solve the linears that share a Hessian and put the quantized weights in their place.
 
         Linears with the same settings are solved as one tall matrix: rows do not see one another, so the result is
         the same and the column loop runs once.
         """
+        try:
+            hessian = None if accumulated is None else accumulated.finish()
+        except NumericError as error:
+            raise NumericError(f"{prefix}.{names[0]}: {error}") from error
         settings = {name: self.config.for_module(f"{prefix}.{name}") for name in names}
         for name in names:
             if settings[name] is None:
@@ -210,7 +208,7 @@ class Walk:
         self.emit(name, layer, solution, config)
         # Stored as [in, out] and viewed as [out, in]: the memory order in which QuantLinear multiplies, so that what
         # the next block sees is what a reader of the file computes.
-        layer.weight = nn.Parameter(solution.weight().T.contiguous().to(layer.weight.dtype).T, requires_grad=False)
+        layer.weight = nn.Parameter(solution.weight().to(layer.weight.dtype).T.contiguous().T, requires_grad=False)
         self.records.append(record)
         self.on_module(record)
 

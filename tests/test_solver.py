@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from qquant import _native
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, UsageError
-from qquant.solver import Hessian, Solution, inverse_factor, relative_error, solve
+from qquant.solver import Hessian, Solution, factor_rows, inverse_factor, relative_error, solve
 from tests.reference import gptq_one_column_at_a_time
 
 ROWS, COLUMNS = 6, 96
@@ -188,8 +189,9 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(NumericError, match="weights must be finite"):
         solve(spoiled, hessian, QuantizeConfig(group_size=32))
     accumulator = Hessian(4)
+    accumulator.add(torch.tensor([[1.0, value, 0.0, 0.0]]))
     with pytest.raises(NumericError, match="activations must be finite"):
-        accumulator.add(torch.tensor([[1.0, value, 0.0, 0.0]]))
+        accumulator.finish()
     hessian[2, 2] = value
     with pytest.raises(NumericError, match="must be finite"):
         solve(weight, hessian, QuantizeConfig(group_size=32))
@@ -221,10 +223,27 @@ def test_hessian_is_the_mean_outer_product_for_any_width() -> None:
         torch.testing.assert_close(accumulator.finish(), x.double().T @ x.double() / 40, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(_native.gram() is None, reason="no AVX-512 BF16 kernel here")
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 16), (7, 50), (64, 48), (257, 100), (300, 1030), (513, 96)])
+def test_native_gram_is_as_exact_as_float32(tokens: int, columns: int) -> None:
+    """Products of bfloat16 are exact in float32, so only the order of the sums differs: n additions, n eps at most."""
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    usual = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        accumulator = Hessian(columns)
+        accumulator.add(x)
+        exact = x.double().T @ x.double() / tokens
+        bound = torch.finfo(torch.float32).eps * tokens * (x.double().abs().T @ x.double().abs()) / tokens
+        assert ((accumulator.finish().double() - exact).abs() <= bound + 1e-12).all()
+        torch.set_num_threads(usual)
+
+
 def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
     _, hessian = make_layer()
     order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))
-    factor, _, _ = inverse_factor(hessian, order, torch.zeros(COLUMNS, dtype=torch.bool), 0.01)
+    inverse, _, _ = inverse_factor(hessian, order, torch.zeros(COLUMNS, dtype=torch.bool), 0.01)
+    factor = factor_rows(inverse, 0, COLUMNS)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLUMNS).double()
     expected = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
     torch.testing.assert_close(factor, expected, rtol=1e-8, atol=1e-10)

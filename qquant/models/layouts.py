@@ -100,7 +100,7 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _longest_block_list(model: nn.Module, model_type: str) -> str:
-    candidates = [
+    candidates: list[tuple[int, str]] = [
         (len(module), name)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(linears(child) for child in module)

@@ -1,0 +1,414 @@
+"""``python -m qquant.eval``: what quantizing cost, candidates against their baseline on one text.
+
+The recipe, top to bottom: resolve the folders, read and tokenize the text, load the models, score them in one pass,
+time them in turns, write the report. Every step's own room does the work; torch is imported inside.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qquant.console import user_errors
+from qquant.errors import BadDataError, BadModelError, DoesNotFitError, QquantError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qquant.accuracy import Accuracy
+    from qquant.measure import Memory, Speed
+    from qquant.report import Data, EvalReport, LayerError, ModelRow
+
+OnProgress = Callable[[str, int, int], None]
+"""(what is being done, how far, of how much)."""
+
+_DECODE_TOKENS = 32
+_SPEED_REPEATS = 5
+
+
+def evaluate_checkpoints(
+    baseline: str | Path,
+    candidates: Sequence[str | Path],
+    data: str | Path,
+    *,
+    seq_len: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    speed: bool = True,
+    threads: int | None = None,
+    command: str = "evaluate_checkpoints() from Python",
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> EvalReport:
+    """Compare candidates with their baseline on one text. All models are in memory at the same time.
+
+    Args:
+        baseline: folder or hub id of the original; its tokenizer cuts the text.
+        candidates: folders or hub ids, quantized or not.
+        data: UTF-8 text, or the same gzipped under a name that ends in ``.gz``.
+        seq_len: tokens per window.
+        stride: tokens scored per window, 1 to ``seq_len``; None: half of it.
+        max_tokens: use only this many tokens from the start of the text.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+        dtype: compute dtype of all models; "auto": the baseline's, but float32 for float16 on a CPU.
+        seed: of torch's generators. Nothing is drawn at random today.
+        speed: also time prefill and decode.
+        threads: CPU threads for torch, set for the whole process; None leaves them alone.
+        command: what the report says it was made by.
+        on_progress: told what is being done.
+
+    Returns:
+        The record; ``qquant.report.write_report`` makes files of it.
+
+    Raises:
+        QquantError: bad options, model, data or numbers, or not enough GPU memory.
+    """
+    import torch
+
+    from qquant.accuracy import windows
+    from qquant.report import Data
+    from qquant.sources import load_tokenizer, pick_device, resolve_folder
+
+    stride = max(1, seq_len // 2) if stride is None else stride
+    list(windows(2, seq_len=seq_len, stride=stride))  # refuses a bad pair now and not after the models are loaded
+    if not candidates:
+        raise UsageError("an evaluation needs at least one candidate, got none; give --candidate")
+    if min(max_tokens or 1, threads or 1) < 1:
+        raise UsageError(f"max_tokens and threads must be at least 1, got {max_tokens} and {threads}")
+    where = pick_device(device)
+    folders = _labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
+    first = next(iter(folders))
+    compute, limit = _compute_dtype(folders[first], dtype, where), _longest_input(folders.values())
+    if limit is not None and seq_len > limit:
+        raise UsageError(f"seq_len must not exceed what the models were made for, {limit} tokens, got {seq_len}")
+    ids, digest = _read_ids(Path(data), load_tokenizer(folders[first]), seq_len, max_tokens)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    steps = 0 if not speed else _DECODE_TOKENS if limit is None else max(1, min(_DECODE_TOKENS, limit // 2))
+    room = seq_len if limit is None else max(1, min(seq_len, limit - steps))
+    try:
+        rows = _run(folders, ids, compute, where, seq_len, stride, prompt=ids[:room], steps=steps, tell=on_progress)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split("\n")[0]
+        raise DoesNotFitError(f"the models do not fit the device together: {reason}; use --device cpu") from error
+    text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), seq_len=seq_len, stride=stride)
+    return _report(rows, compute, where, data=text, seed=seed, command=command)
+
+
+def _run(
+    folders: Mapping[str, Path],
+    ids: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    seq_len: int,
+    stride: int,
+    *,
+    prompt: Tensor,
+    steps: int,
+    tell: OnProgress,
+) -> list[ModelRow]:
+    """Load every model, score them in one pass and time them in turns; ``steps`` 0: do not time."""
+    import torch
+
+    from qquant.accuracy import evaluate, logits_fn
+    from qquant.measure import MemoryMeter, measure_speed, step_fn
+
+    models, scorers, memory = {}, {}, {}
+    for number, (label, folder) in enumerate(folders.items()):
+        tell(f"loading {label}", number, len(folders))
+        meter = MemoryMeter(device)
+        models[label] = _load(folder, dtype, device)
+        scorers[label] = logits_fn(models[label], device)
+        with torch.inference_mode():
+            scorers[label](ids[:seq_len], 1)  # what the meter reads includes one window's activations
+        memory[label] = meter.read(models[label])
+    first = next(iter(folders))
+    base, rest = evaluate(
+        scorers[first],
+        {label: scorer for label, scorer in scorers.items() if label != first},
+        ids,
+        seq_len=seq_len,
+        stride=stride,
+        progress=lambda done, total: tell("scoring tokens", done, total),
+    )
+    assert base is not None
+    speeds: dict[str, Speed] = {}
+    if steps:
+        tell("timing", 0, 1)
+        runs = {label: step_fn(model) for label, model in models.items()}
+        speeds = measure_speed(runs, prompt[None].to(device), decode_tokens=steps, repeats=_SPEED_REPEATS)
+    return _rows(folders, {first: base, **rest}, memory, speeds)
+
+
+def evaluate_command(
+    baseline: Annotated[str, typer.Option(help="Folder or hub id of the original model.")],
+    candidate: Annotated[list[str], typer.Option(help="Folder or hub id to compare with it; repeatable.")],
+    data: Annotated[Path, typer.Option(help="Text to evaluate on: UTF-8, .gz allowed.")],
+    out: Annotated[Path, typer.Option(help="Folder to make for the report.")],
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per window.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens scored per window; default: half of --seq-len.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the first tokens.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of torch's generators.")] = 0,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also time prefill and decode.")] = True,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare quantized models with their original. The report's path goes to stdout, all else to stderr."""
+    with user_errors(debug=debug):
+        logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+        _refuse_existing(out, overwrite=overwrite)
+        from qquant.progress import quiet_transformers
+        from qquant.report import shown_command, write_report
+
+        quiet_transformers()
+        program = Path(sys.argv[0]).name
+        typed = ["python", "-m", "qquant.eval"] if program == "eval.py" else [program]
+        with _shown_progress() as on_progress:
+            report = evaluate_checkpoints(
+                baseline,
+                candidate,
+                data,
+                seq_len=seq_len,
+                stride=stride,
+                max_tokens=max_tokens,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                speed=speed,
+                threads=threads,
+                command=shown_command([*typed, *sys.argv[1:]]),
+                on_progress=on_progress,
+            )
+        with _published(out, overwrite=overwrite) as staging:
+            write_report(report, staging)
+        typer.echo(out / "report.md")
+
+
+@contextmanager
+def _shown_progress() -> Iterator[OnProgress]:
+    """One live line on stderr that names the step and how far it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading")
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def _refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Only a report folder (or an empty one) is ever replaced, and only if asked for."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UsageError(f"the output must not exist yet, {out} does; choose another or pass --overwrite")
+    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / "report.json").exists()):
+        raise UsageError(f"--overwrite replaces a report folder, {out} is not one; choose another output")
+
+
+@contextmanager
+def _published(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A staging folder beside ``out`` that becomes ``out`` when the block ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging, retired = (out.parent / f".{out.name}.{word}-{os.getpid()}" for word in ("partial", "replaced"))
+    staging.mkdir()
+    try:
+        yield staging
+        _refuse_existing(out, overwrite=overwrite)
+        if out.exists():
+            out.rename(retired)
+        staging.rename(out)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by their own names (a hub snapshot's by its model's), numbered where a name comes twice."""
+    result: dict[str, Path] = {}
+    for folder in folders:
+        place = folder.resolve()
+        name = place.parent.parent.name.rpartition("--")[2] if place.parent.name == "snapshots" else place.name
+        number = sum(label == name or label.startswith(f"{name}#") for label in result) + 1
+        result[name if number == 1 else f"{name}#{number}"] = folder
+    return result
+
+
+def _compute_dtype(baseline: Path, name: str, device: torch.device) -> torch.dtype:
+    """The one dtype that every model computes in."""
+    import torch
+
+    from qquant.sources import pick_dtype, read_config
+
+    chosen = pick_dtype(name)
+    if chosen is not None:
+        return chosen
+    stored = getattr(read_config(baseline), "dtype", None)
+    declared = stored if isinstance(stored, torch.dtype) else torch.float32
+    # float16 on a CPU is slow, and lacks kernels for some operations.
+    return torch.float32 if declared == torch.float16 and device.type == "cpu" else declared
+
+
+def _longest_input(folders: Iterable[Path]) -> int | None:
+    """The smallest number of positions that any of the models names; None if none does."""
+    from qquant.sources import read_config
+
+    named = [getattr(read_config(folder).get_text_config(), "max_position_embeddings", None) for folder in folders]
+    return min((int(limit) for limit in named if limit), default=None)
+
+
+def _read_ids(path: Path, tokenizer: Any, seq_len: int, max_tokens: int | None) -> tuple[Tensor, str]:
+    """The text as [tokens] int64 ids without special tokens, and the sha256 of the file."""
+    import gzip
+    import hashlib
+    import zlib
+
+    import torch
+
+    if not path.is_file():
+        raise BadDataError(f"evaluation data must be one text file, and {path} is none")
+    content = path.read_bytes()
+    try:
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadDataError(f"evaluation data must be UTF-8 text (gzipped if named .gz), {path}: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    if len(ids) <= seq_len:
+        raise BadDataError(
+            f"a text must have more tokens than a window, {path.name} gives {len(ids)} and seq_len is {seq_len}; "
+            "give a longer text (or more --max-tokens), or lower --seq-len"
+        )
+    return torch.tensor(ids, dtype=torch.int64), hashlib.sha256(content).hexdigest()
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a quantized folder with its packed linears and any other plainly; never with code of its own."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from qquant.checkpoint import load_quantized
+    from qquant.shards import CheckpointReader
+
+    CheckpointReader(folder)  # refuses damaged files, and names that lead outside the folder, before they are opened
+    place = None if device.type == "cpu" else {"": str(device)}
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    try:
+        if _quantization_keys(folder):
+            return load_quantized(folder, dtype=dtype, device_map=place).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=place, output_loading_info=True, **options
+        )
+    except QquantError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise BadModelError(f"the model in {folder} cannot be loaded: {str(error).split(chr(10))[0][:300]}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise BadModelError(f"tensor {missing[0]} is missing from {folder} ({len(missing)} missing in all)")
+    return model.eval()
+
+
+def _quantization_keys(folder: Path) -> dict[str, Any]:
+    """What config.json says about quantization; empty for a plain model."""
+    from qquant.sources import read_config
+
+    return dict(getattr(read_config(folder), "quantization_config", None) or {})
+
+
+def _rows(
+    folders: Mapping[str, Path],
+    accuracy: Mapping[str, Accuracy],
+    memory: Mapping[str, Memory],
+    speeds: Mapping[str, Speed],
+) -> list[ModelRow]:
+    """The report's rows, baseline first."""
+    import math
+    from dataclasses import asdict
+
+    from qquant import report as record
+    from qquant.measure import folder_bytes, weights_bytes
+    from qquant.shards import CheckpointReader
+    from qquant.sources import read_config
+
+    first = next(iter(folders))
+    parameters = sum(math.prod(entry.spec.shape) for entry in CheckpointReader(folders[first]).entries.values())
+    rows: list[ModelRow] = []
+    for label, folder in folders.items():
+        keys, size = _quantization_keys(folder), weights_bytes(folder)
+        row = record.ModelRow(
+            label=label,
+            role="candidate" if rows else "baseline",
+            method=(keys.get("meta") or {}).get("method") or keys.get("quant_method"),
+            bits=keys.get("bits"),
+            group_size=keys.get("group_size"),
+            checkpoint_dtype=str(getattr(read_config(folder), "dtype", None)).removeprefix("torch."),
+            weights_bytes=size,
+            folder_bytes=folder_bytes(folder),
+            bits_per_weight=8 * size / parameters,
+            accuracy=record.Accuracy(**asdict(accuracy[label])),
+            speed=record.Speed(**asdict(speeds[label])) if label in speeds else None,
+            memory=record.Memory(**asdict(memory[label])),
+            ratios=None,
+            layer_errors=_layer_errors(folder),
+        )
+        rows.append(row.model_copy(update={"ratios": record.ratios_to_baseline(row, rows[0])}) if rows else row)
+    return rows
+
+
+def _layer_errors(folder: Path) -> tuple[LayerError, ...]:
+    """What a folder of ours says about its own layers; nothing for any other."""
+    import json
+
+    from qquant.checkpoint import LOG_NAME
+    from qquant.report import LayerError
+
+    log = folder / LOG_NAME
+    if not log.exists():
+        return ()
+    try:
+        modules = json.loads(log.read_text(encoding="utf-8"))["modules"]
+        return tuple(LayerError(name=item["name"], relative_error=item["relative_error"]) for item in modules)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise BadModelError(f"{log} is not the log of a quantization ({reason}); delete it or get it again") from error
+
+
+def _report(
+    rows: Sequence[ModelRow], dtype: torch.dtype, device: torch.device, *, data: Data, seed: int, command: str
+) -> EvalReport:
+    """The record, with this moment and this machine."""
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    import qquant
+    from qquant.measure import environment
+    from qquant.report import Environment, EvalReport
+
+    return EvalReport(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        seed=seed,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        environment=Environment(**asdict(environment(device, qquant_version=qquant.__version__))),
+        data=data,
+        rows=tuple(rows),
+    )
+
+
+if __name__ == "__main__":
+    typer.run(evaluate_command)
