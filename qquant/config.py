@@ -55,8 +55,9 @@ class QuantizeConfig(Strict):
     None: on, unless desc_act is on or a group is a whole row."""
     true_sequential: bool = True
     """Inside a block, quantize each set of linears on inputs that already passed the quantized sets before it."""
-    clip_search: ClipSearch = "off"
-    """Search a smaller range per group: by plain squared error, or weighted by the group's block of the Hessian."""
+    clip_search: ClipSearch = "weight"
+    """Search a smaller range per group: by plain squared error, or weighted by the group's block of the Hessian. Off:
+    the range of the weights, as AutoGPTQ does."""
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the Hessian's mean diagonal added to it before it is inverted."""
     dynamic: dict[str, ModuleOverride] = Field(default_factory=dict)
@@ -140,7 +141,7 @@ class ModuleRecord(Strict):
     damp_escalations: int
     """How often damping had to be raised tenfold before the Hessian could be inverted."""
     dead_columns: int
-    """Input columns that calibration never excited; their weights became zero."""
+    """Input columns that calibration never excited; their weights were rounded to nearest."""
     seconds: float
 
 

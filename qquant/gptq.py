@@ -218,7 +218,7 @@ def quantize_command(
     group_aware: Annotated[
         bool | None, typer.Option("--group-aware/--left-to-right", help="Order of groups; on unless desc-act is.")
     ] = None,
-    clip_search: Annotated[str, typer.Option(help="off, weight or hessian.")] = "off",
+    clip_search: Annotated[str, typer.Option(help="off, weight or hessian.")] = "weight",
     damp_percent: Annotated[float, typer.Option(help="Damping, share of the mean diagonal.")] = 0.01,
     true_sequential: Annotated[bool, typer.Option("--true-sequential/--one-pass", help="Stage by stage.")] = True,
     packing: Annotated[str, typer.Option(help="auto, pack or truncate.")] = "auto",
