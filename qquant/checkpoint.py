@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qquant.hf_plugin import METHOD, GptqFileConfig, GptqLoader, check_keys, swa
 from qquant.linear import Kernel
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period
-from qquant.shards import INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
+from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.solver import group_columns
 from qquant.sources import LoadedModel, StreamedModel, read_config, resolve_folder
 
@@ -36,11 +36,14 @@ _log = logging.getLogger("qquant")
 MANIFEST_NAME = "manifest.json"
 LOG_NAME = "quant_log.json"
 _CARRIED = (
-    "tokenizer*", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "*.tiktoken", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.*", "generation_config.json",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
-# Keys that name places on the machine that saved them, or code to run.
-_DROPPED_KEYS = frozenset(("_name_or_path", "name_or_path", "auto_map", "tokenizer_file", "custom_pipelines"))
+# Keys that name places on the machine that saved them, code to run, or files that are not there any more.
+_DROPPED_KEYS = frozenset((
+    "_name_or_path", "name_or_path", "auto_map", "tokenizer_file", "custom_pipelines", "transformers_weights",
+))  # fmt: skip
 
 
 def plan_tensors(source: StreamedModel, config: QuantizeConfig) -> tuple[dict[str, TensorSpec], list[str], list[str]]:
@@ -164,47 +167,79 @@ def published(out: Path, *, overwrite: bool) -> Iterator[Path]:
         UsageError: ``out`` exists and ``overwrite`` is False, or is not a folder of ours to replace.
     """
     refuse_existing(out, overwrite=overwrite)
+    out = out.absolute()
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
     try:
+        staging.mkdir()
         yield staging
         _sync_folder(staging)
         if out.exists():
             refuse_existing(out, overwrite=overwrite)
-            retired = out.parent / f".{out.name}.replaced-{os.getpid()}"
-            out.rename(retired)
-            staging.rename(out)
-            shutil.rmtree(retired)
+            _exchange(staging, out)
         else:
             staging.rename(out)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # someone else's file is in it by now
+                folder.rmdir()
+        raise
+
+
+def _exchange(staging: Path, out: Path) -> None:
+    """Put ``staging`` in the place of ``out``; the old folder comes back if that fails."""
+    retired = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    out.rename(retired)
+    try:
+        staging.rename(out)
+    except BaseException:
+        retired.rename(out)
+        raise
+    shutil.rmtree(retired)
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Only a folder that holds a model (or nothing) is ever replaced, and only if asked for."""
+    """Only a quantized model's folder (or an empty one) is ever replaced, and only if asked for.
+
+    An original is never replaced: it may be the only copy, or the very source of the run.
+
+    Raises:
+        UsageError: ``out`` cannot become a new folder.
+    """
     if not out.exists() and not out.is_symlink():
+        nearest = next(folder for folder in out.absolute().parents if folder.exists() or folder.is_symlink())
+        if not nearest.is_dir():
+            raise UsageError(f"the output must be a folder that can be made, and {nearest} on its way is a file")
         return
     if not overwrite:
         raise UsageError(f"the output must not exist yet, {out} does; choose another or pass --overwrite")
-    replaceable = out.is_dir() and not out.is_symlink() and (not any(out.iterdir()) or (out / "config.json").exists())
-    if not replaceable:
-        raise UsageError(f"--overwrite replaces a model folder, {out} is not one; choose another output")
+    if out.is_symlink() or not out.is_dir() or not _replaceable(out):
+        raise UsageError(f"--overwrite replaces a quantized model's folder, {out} is not one; choose another output")
+
+
+def _replaceable(folder: Path) -> bool:
+    content = list(folder.iterdir())
+    with suppress(BadModelError, OSError):
+        if content and not any(path.is_dir() for path in content):
+            return "quantization_config" in _json_object(folder / "config.json")
+    return not content
 
 
 def write_side_files(source: Path, target: Path, keys: Mapping[str, Any]) -> None:
     """config.json with the quantization keys, quantize_config.json, tokenizer, chat template, generation config."""
-    config = _without_local_keys(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    config = _without_local_keys(_json_object(source / "config.json"))
     config["quantization_config"] = dict(keys)
     write_json(target / "config.json", config)
     write_json(target / "quantize_config.json", dict(keys))
     carried = {path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()}
     for path in sorted(carried):
-        content = json.loads(path.read_text(encoding="utf-8")) if path.name.endswith("_config.json") else {}
-        if content.keys() & _DROPPED_KEYS:
-            write_json(target / path.name, _without_local_keys(content))
+        content = _json_object(path) if path.name.endswith("_config.json") else {}
+        clean = _without_local_keys(content)
+        if clean != content:
+            write_json(target / path.name, clean)
         else:
             shutil.copyfile(path, target / path.name)
 
@@ -267,21 +302,19 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     Raises:
         BadModelError: none, or two that disagree on what the tensors mean.
     """
-    main = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     beside = folder / "quantize_config.json"
-    side = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
-    if main is None and side is None:
+    main = _json_object(folder / "config.json").get("quantization_config")
+    side = _json_object(beside) if beside.is_file() else None
+    keys = side if main is None else main
+    if not isinstance(keys, dict):
         raise BadModelError(f"a GPTQ checkpoint must have quantization_config in config.json, {folder} has none")
-    if main is None or side is None:
-        keys: dict[str, Any] = main if main is not None else side  # type: ignore[assignment]
-    else:
-        for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format"):
+    if side is not None and main is not None:
+        for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "dynamic"):
             if key in main and key in side and main[key] != side[key]:
                 raise BadModelError(
                     f"config.json and quantize_config.json of {folder} disagree on {key}: {main[key]} "
                     f"and {side[key]}; remove the one that does not belong"
                 )
-        keys = main
     check_keys(keys)
     return keys
 
@@ -313,9 +346,9 @@ def load_quantized(
     config = read_config(folder)
     keys = quantization_config(folder)
     config.quantization_config = {**keys, "quant_method": METHOD, "kernel": kernel}
-    (first, *rest) = weight_files(folder)
-    if not rest and first.name != SINGLE_NAME and not (folder / INDEX_NAME).exists():
-        config.transformers_weights = first.name  # AutoGPTQ's gptq_model-4bit-128g.safetensors
+    # Named outright, so that transformers reads what was checked here, and AutoGPTQ's gptq_model-4bit-128g.safetensors.
+    files = weight_files(folder)
+    config.transformers_weights = INDEX_NAME if (folder / INDEX_NAME).exists() else files[0].name
     if dtype == "auto":
         declared = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if declared == torch.float16 and device_map in (None, "cpu") else declared
@@ -336,8 +369,23 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 def _without_local_keys(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key not in _DROPPED_KEYS}
+    """The same keys but for those that name places or code, at any depth."""
+    return {
+        key: _without_local_keys(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in _DROPPED_KEYS
+    }
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,12 +6,19 @@ time them in turns, write the report. Every step's own room does the work; torch
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,8 +38,9 @@ if TYPE_CHECKING:
 OnProgress = Callable[[str, int, int], None]
 """(what is being done, how far, of how much)."""
 
-_DECODE_TOKENS = 32
-_SPEED_REPEATS = 5
+_SAFE: Any = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+# What transformers and torch raise when a folder makes no sense.
+_BUILD_ERRORS = (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError)
 
 
 def evaluate_checkpoints(
@@ -51,7 +59,9 @@ def evaluate_checkpoints(
     command: str = "evaluate_checkpoints() from Python",
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> EvalReport:
-    """Compare candidates with their baseline on one text. All models are in memory at the same time.
+    """Compare candidates with their baseline on one text, and return the record that ``write_report`` makes files of.
+
+    All models are in memory at the same time, because every window runs through all of them.
 
     Args:
         baseline: folder or hub id of the original; its tokenizer cuts the text.
@@ -68,15 +78,13 @@ def evaluate_checkpoints(
         command: what the report says it was made by.
         on_progress: told what is being done.
 
-    Returns:
-        The record; ``qquant.report.write_report`` makes files of it.
-
     Raises:
         QquantError: bad options, model, data or numbers, or not enough GPU memory.
     """
     import torch
 
     from qquant.accuracy import windows
+    from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
     from qquant.report import Data
     from qquant.sources import load_tokenizer, pick_device, resolve_folder
 
@@ -84,7 +92,7 @@ def evaluate_checkpoints(
     list(windows(2, seq_len=seq_len, stride=stride))  # refuses a bad pair now and not after the models are loaded
     if not candidates:
         raise UsageError("an evaluation needs at least one candidate, got none; give --candidate")
-    if min(max_tokens or 1, threads or 1) < 1:
+    if any(count is not None and count < 1 for count in (max_tokens, threads)):
         raise UsageError(f"max_tokens and threads must be at least 1, got {max_tokens} and {threads}")
     where = pick_device(device)
     folders = _labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
@@ -96,30 +104,30 @@ def evaluate_checkpoints(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    steps = 0 if not speed else _DECODE_TOKENS if limit is None else max(1, min(_DECODE_TOKENS, limit // 2))
-    room = seq_len if limit is None else max(1, min(seq_len, limit - steps))
+    room = seq_len if limit is None else min(seq_len, limit - DECODE_TOKENS * DECODE_ROUNDS)
+    if speed and room < 1:
+        raise UsageError(f"a model of {limit} positions is too short to be timed; pass --no-speed")
     try:
-        rows = _run(folders, ids, compute, where, seq_len, stride, prompt=ids[:room], steps=steps, tell=on_progress)
+        timed = ids[:room] if speed else None
+        rows = _run(folders, ids, compute, where, seq_len, stride, prompt=timed, tell=on_progress)
     except torch.OutOfMemoryError as error:
-        reason = str(error).split("\n")[0]
-        raise DoesNotFitError(f"the models do not fit the device together: {reason}; use --device cpu") from error
+        raise DoesNotFitError(f"the models do not fit the device together; try --device cpu: {error}") from error
     text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), seq_len=seq_len, stride=stride)
     return _report(rows, compute, where, data=text, seed=seed, command=command)
 
 
 def _run(
-    folders: Mapping[str, Path],
+    folders: dict[str, Path],
     ids: Tensor,
     dtype: torch.dtype,
     device: torch.device,
     seq_len: int,
     stride: int,
     *,
-    prompt: Tensor,
-    steps: int,
+    prompt: Tensor | None,
     tell: OnProgress,
 ) -> list[ModelRow]:
-    """Load every model, score them in one pass and time them in turns; ``steps`` 0: do not time."""
+    """Load every model, score them in one pass and time them in turns; ``prompt`` None: do not time."""
     import torch
 
     from qquant.accuracy import evaluate, logits_fn
@@ -145,10 +153,9 @@ def _run(
     )
     assert base is not None
     speeds: dict[str, Speed] = {}
-    if steps:
+    if prompt is not None:
         tell("timing", 0, 1)
-        runs = {label: step_fn(model) for label, model in models.items()}
-        speeds = measure_speed(runs, prompt[None].to(device), decode_tokens=steps, repeats=_SPEED_REPEATS)
+        speeds = measure_speed({label: step_fn(model) for label, model in models.items()}, prompt[None].to(device))
     return _rows(folders, {first: base, **rest}, memory, speeds)
 
 
@@ -159,12 +166,12 @@ def evaluate_command(
     out: Annotated[Path, typer.Option(help="Folder to make for the report.")],
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per window.")] = 512,
     stride: Annotated[int | None, typer.Option(help="Tokens scored per window; default: half of --seq-len.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the first tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Use only the first tokens.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of torch's generators.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also time prefill and decode.")] = True,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -176,8 +183,7 @@ def evaluate_command(
         from qquant.report import shown_command, write_report
 
         quiet_transformers()
-        program = Path(sys.argv[0]).name
-        typed = ["python", "-m", "qquant.eval"] if program == "eval.py" else [program]
+        typed = ["python", "-m", "qquant.eval"] if sys.argv[0].endswith("eval.py") else [Path(sys.argv[0]).name]
         with _shown_progress() as on_progress:
             report = evaluate_checkpoints(
                 baseline,
@@ -255,13 +261,9 @@ def _compute_dtype(baseline: Path, name: str, device: torch.device) -> torch.dty
 
     from qquant.sources import pick_dtype, read_config
 
-    chosen = pick_dtype(name)
-    if chosen is not None:
-        return chosen
-    stored = getattr(read_config(baseline), "dtype", None)
-    declared = stored if isinstance(stored, torch.dtype) else torch.float32
-    # float16 on a CPU is slow, and lacks kernels for some operations.
-    return torch.float32 if declared == torch.float16 and device.type == "cpu" else declared
+    chosen: torch.dtype = pick_dtype(name) or getattr(read_config(baseline), "dtype", None) or torch.float32
+    # Unless asked for: float16 on a CPU is slow, and lacks kernels for some operations.
+    return torch.float32 if name == "auto" and chosen == torch.float16 and device.type == "cpu" else chosen
 
 
 def _longest_input(folders: Iterable[Path]) -> int | None:
@@ -274,10 +276,6 @@ def _longest_input(folders: Iterable[Path]) -> int | None:
 
 def _read_ids(path: Path, tokenizer: Any, seq_len: int, max_tokens: int | None) -> tuple[Tensor, str]:
     """The text as [tokens] int64 ids without special tokens, and the sha256 of the file."""
-    import gzip
-    import hashlib
-    import zlib
-
     import torch
 
     if not path.is_file():
@@ -290,14 +288,14 @@ def _read_ids(path: Path, tokenizer: Any, seq_len: int, max_tokens: int | None) 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     if len(ids) <= seq_len:
         raise BadDataError(
-            f"a text must have more tokens than a window, {path.name} gives {len(ids)} and seq_len is {seq_len}; "
-            "give a longer text (or more --max-tokens), or lower --seq-len"
+            f"a text must have more than seq_len ({seq_len}) tokens, {path.name} gives {len(ids)}; lower --seq-len"
         )
     return torch.tensor(ids, dtype=torch.int64), hashlib.sha256(content).hexdigest()
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a quantized folder with its packed linears and any other plainly; never with code of its own."""
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -305,48 +303,42 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     from qquant.shards import CheckpointReader
 
     CheckpointReader(folder)  # refuses damaged files, and names that lead outside the folder, before they are opened
-    place = None if device.type == "cpu" else {"": str(device)}
-    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    options: Any = {"dtype": dtype, "device_map": None if device.type == "cpu" else {"": str(device)}}
     try:
         if _quantization_keys(folder):
-            return load_quantized(folder, dtype=dtype, device_map=place).eval()
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=place, output_loading_info=True, **options
-        )
-    except QquantError:
+            return load_quantized(folder, **options).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **_SAFE, **options)
+    except (QquantError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise BadModelError(f"the model in {folder} cannot be loaded: {str(error).split(chr(10))[0][:300]}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    except (*_BUILD_ERRORS, SafetensorError) as error:
+        reason = str(error).split("\n")[0][:300]
+        raise BadModelError(f"the model in {folder} cannot be loaded: {reason}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise BadModelError(f"tensor {missing[0]} is missing from {folder} ({len(missing)} missing in all)")
     return model.eval()
 
 
 def _quantization_keys(folder: Path) -> dict[str, Any]:
-    """What config.json says about quantization; empty for a plain model."""
+    """What a folder says about its quantization, checked; empty for a plain model."""
+    from qquant.checkpoint import quantization_config
     from qquant.sources import read_config
 
-    return dict(getattr(read_config(folder), "quantization_config", None) or {})
+    quantized = getattr(read_config(folder), "quantization_config", None) or (folder / "quantize_config.json").exists()
+    return quantization_config(folder) if quantized else {}
 
 
 def _rows(
-    folders: Mapping[str, Path],
-    accuracy: Mapping[str, Accuracy],
-    memory: Mapping[str, Memory],
-    speeds: Mapping[str, Speed],
+    folders: dict[str, Path], accuracy: dict[str, Accuracy], memory: dict[str, Memory], speeds: dict[str, Speed]
 ) -> list[ModelRow]:
     """The report's rows, baseline first."""
-    import math
-    from dataclasses import asdict
-
     from qquant import report as record
     from qquant.measure import folder_bytes, weights_bytes
     from qquant.shards import CheckpointReader
     from qquant.sources import read_config
 
-    first = next(iter(folders))
-    parameters = sum(math.prod(entry.spec.shape) for entry in CheckpointReader(folders[first]).entries.values())
+    original = CheckpointReader(next(iter(folders.values())))
+    parameters = sum(math.prod(entry.spec.shape) for entry in original.entries.values())
     rows: list[ModelRow] = []
     for label, folder in folders.items():
         keys, size = _quantization_keys(folder), weights_bytes(folder)
@@ -372,8 +364,6 @@ def _rows(
 
 def _layer_errors(folder: Path) -> tuple[LayerError, ...]:
     """What a folder of ours says about its own layers; nothing for any other."""
-    import json
-
     from qquant.checkpoint import LOG_NAME
     from qquant.report import LayerError
 
@@ -384,17 +374,13 @@ def _layer_errors(folder: Path) -> tuple[LayerError, ...]:
         modules = json.loads(log.read_text(encoding="utf-8"))["modules"]
         return tuple(LayerError(name=item["name"], relative_error=item["relative_error"]) for item in modules)
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise BadModelError(f"{log} is not the log of a quantization ({reason}); delete it or get it again") from error
+        raise BadModelError(f"{log} is not the log of a quantization; delete it or get it again: {error!r}") from error
 
 
 def _report(
     rows: Sequence[ModelRow], dtype: torch.dtype, device: torch.device, *, data: Data, seed: int, command: str
 ) -> EvalReport:
     """The record, with this moment and this machine."""
-    from dataclasses import asdict
-    from datetime import UTC, datetime
-
     import qquant
     from qquant.measure import environment
     from qquant.report import Environment, EvalReport

@@ -23,10 +23,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qquant.config import ModuleOverride, QuantizeConfig
-from qquant.errors import BadModelError
+from qquant.errors import BadModelError, UsageError
 from qquant.linear import Kernel, QuantLinear
-from qquant.packing import unpack_zeros
-from qquant.shards import DTYPES, CheckpointReader
+from qquant.packing import packable, unpack_zeros
+from qquant.shards import DTYPE_NAMES, DTYPES, CheckpointReader, TensorSpec
 
 _log = logging.getLogger("qquant")
 
@@ -62,28 +62,16 @@ class GptqFileConfig(QuantizationConfigMixin):
         self.kernel = kernel
         self.keys = {**keys, "quant_method": "gptq"}
         check_keys(self.keys)
+        self._settings = _settings(self.keys)
 
     @property
     def version(self) -> int:
         """1 if qzeros hold ``zero - 1``, 2 if they hold ``zero``."""
         return _VERSIONS[self.keys.get("checkpoint_format") or self.keys.get("format") or "gptq"]
 
-    @property
-    def sym(self) -> bool:
-        """Whether all zeros stand at mid-range."""
-        return bool(self.keys.get("sym", True))
-
-    @property
-    def desc_act(self) -> bool:
-        """Whether g_idx scatters the groups."""
-        return bool(self.keys.get("desc_act", False))
-
-    def for_module(self, name: str) -> tuple[int, int]:
-        """Bits and group size of a module by its name, rules included."""
-        rules = {pattern: _override(changes) for pattern, changes in (self.keys.get("dynamic") or {}).items()}
-        bits, size = self.keys.get("bits", 4), self.keys.get("group_size", 128)
-        chosen = QuantizeConfig(bits=bits, group_size=size, act_group_aware=False, dynamic=rules).for_module(name)
-        return (bits, size) if chosen is None else (chosen.bits, chosen.group_size)
+    def for_module(self, name: str) -> QuantizeConfig:
+        """Bits, group size, symmetry and act-order of a module by its name, rules included."""
+        return self._settings.for_module(name) or self._settings
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into config.json: the keys every GPTQ reader knows."""
@@ -110,9 +98,7 @@ class GptqLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        if not checkpoint_files:
-            raise BadModelError("a quantized model is loaded from safetensors files, got none")
-        reader = CheckpointReader(Path(checkpoint_files[0]).parent)
+        reader = CheckpointReader(_folder_of(checkpoint_files or [], model))
         self._filled = swap_linears(model, reader, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
@@ -120,6 +106,7 @@ class GptqLoader(HfQuantizer):
             path, _dot, leaf = name.rpartition(".")
             layer = model.get_submodule(path)
             setattr(layer, leaf, tensor.to(layer.qweight.device))
+        check_values(model)
 
     def is_serializable(self) -> bool:
         """Saving writes the packed tensors as they are."""
@@ -146,19 +133,56 @@ def check_keys(keys: Mapping[str, Any]) -> None:
         raise BadModelError(f"quant_method must be gptq to be read here, got {method!r}")
     if keys.get("is_marlin_format"):
         raise BadModelError("is_marlin_format: weights in Marlin's own layout are not read; use the plain GPTQ files")
-    layout = keys.get("checkpoint_format") or keys.get("format") or "gptq"
-    if layout not in _VERSIONS:
-        raise BadModelError(f"checkpoint_format must be one of {sorted(_VERSIONS)}, got {layout!r}")
+    tags = {str(keys[key]) for key in ("checkpoint_format", "format") if keys.get(key)}
+    if len(tags) > 1 or not tags <= _VERSIONS.keys():
+        raise BadModelError(f"checkpoint_format must be one of {sorted(_VERSIONS)}, got {' and '.join(sorted(tags))}")
     if keys.get("pack_dtype", "int32") != "int32":
         raise BadModelError(f"pack_dtype must be int32, got {keys['pack_dtype']!r}")
-    if keys.get("bits", 4) not in (2, 3, 4, 8):
-        raise BadModelError(f"bits must be 2, 3, 4 or 8, got {keys['bits']!r}")
+    _settings(keys)
     for key, value in keys.items():
         if key not in _PROVENANCE | _UNDERSTOOD and value not in (None, False, {}, [], ""):
             raise BadModelError(
                 f"quantization key {key!r} ({str(value)[:60]!r}) is not understood and might change the numbers; "
                 "remove it from config.json if it only records how the checkpoint was made"
             )
+
+
+def _settings(keys: Mapping[str, Any]) -> QuantizeConfig:
+    """The keys that say how tensors are laid out, with the defaults that AutoGPTQ gave them."""
+    dynamic = keys.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(changes or {}, dict) for changes in dynamic.values()):
+        raise BadModelError(f"dynamic must map patterns to changed settings, got {str(dynamic)[:60]}")
+    rules = {}
+    for pattern, changes in dynamic.items():
+        unknown = (changes or {}).keys() - ModuleOverride.model_fields.keys() - _PROVENANCE
+        if unknown:
+            raise BadModelError(f"dynamic rule key {min(unknown)!r} is not understood and might change the numbers")
+        # GPTQModel also takes a pattern without a sign for one that changes settings.
+        sign = "" if pattern[:2] in ("-:", "+:") else "+:"
+        rules[sign + pattern] = {key: changes[key] for key in (changes or {}) if key in ModuleOverride.model_fields}
+    defaults = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    try:
+        return QuantizeConfig.from_dict(
+            {key: keys.get(key, default) for key, default in defaults.items()}
+            | {"act_group_aware": False, "dynamic": rules}
+        )
+    except UsageError as error:
+        raise BadModelError(f"the quantization keys make no sense: {error}") from error
+
+
+def _folder_of(checkpoint_files: list[str], model: Any) -> Path:
+    """The one folder that holds all files which transformers is about to read.
+
+    transformers itself follows an index out of a local folder.
+    """
+    if not checkpoint_files:
+        raise BadModelError("a quantized model is loaded from safetensors files, got none")
+    folder = Path(checkpoint_files[0]).parent
+    named = Path(str(getattr(model.config, "name_or_path", "")))
+    inside = not named.is_dir() or folder.resolve().is_relative_to(named.resolve())
+    if not inside or any(Path(file).parent != folder or ".." in Path(file).parts for file in checkpoint_files):
+        raise BadModelError(f"all weights must lie in the model folder {named}, {checkpoint_files[0]} does not")
+    return folder
 
 
 def swap_linears(model: Any, reader: CheckpointReader, config: GptqFileConfig) -> dict[str, Tensor]:
@@ -178,7 +202,7 @@ def swap_linears(model: Any, reader: CheckpointReader, config: GptqFileConfig) -
     names = [name.removesuffix(".qweight") for name in reader.entries if name.endswith(".qweight")]
     if not names:
         raise BadModelError(f"config.json of {reader.folder} says gptq, but no tensor *.qweight is stored")
-    version = _stored_version(reader, names, config)
+    layers: dict[str, QuantLinear] = {}
     filled: dict[str, Tensor] = {}
     for name in names:
         try:
@@ -191,83 +215,84 @@ def swap_linears(model: Any, reader: CheckpointReader, config: GptqFileConfig) -
             raise BadModelError(
                 f"{name} is stored packed, but tie_word_embeddings says it shares the embedding's weight"
             )
-        layer = _empty_layer(name, linear, reader, config, version)
-        filled.update(_left_out(name, layer, reader, config))
+        layers[name] = _empty_layer(name, linear, reader, config)
+        filled.update(_left_out(name, layers[name], reader, config))
+    version = _stored_version(reader, list(layers), config)
+    for name, layer in layers.items():
+        layer.version = version
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
     _check_names(model, reader, filled)
     return filled
 
 
-def _empty_layer(
-    name: str, linear: nn.Linear, reader: CheckpointReader, config: GptqFileConfig, version: int
-) -> QuantLinear:
+def _empty_layer(name: str, linear: nn.Linear, reader: CheckpointReader, config: GptqFileConfig) -> QuantLinear:
+    """A QuantLinear on the meta device whose buffers have the shapes and dtypes that are stored."""
     rows, columns = linear.in_features, linear.out_features
-    spec = reader.spec(f"{name}.qweight")
-    expected_bits, size = config.for_module(name)
-    bits = spec.shape[0] * 32 // rows if len(spec.shape) == 2 else 0
-    scales = reader.spec(f"{name}.scales")
-    groups = scales.shape[0]
-    if -(-rows // (rows if size == -1 else size)) != groups:
-        raise BadModelError(
-            f"{name} has {groups} groups for {rows} inputs, which does not fit group_size {size}; "
-            "quantization_config and tensors do not belong together"
-        )
-    bias = reader.entries.get(f"{name}.bias")
+    settings = config.for_module(name)
+    bits, size = settings.bits, settings.group_size
+    if not packable(rows, columns, bits):
+        raise BadModelError(f"{name}: [{columns}, {rows}] does not fill whole words of {bits}-bit codes")
+    scales, bias = reader.spec(f"{name}.scales"), reader.entries.get(f"{name}.bias")
+    if bias is None and linear.bias is not None:
+        raise BadModelError(f"tensor {name}.bias is missing from {reader.folder}")
     layer = QuantLinear(
         rows,
         columns,
-        bits=expected_bits,
+        bits=bits,
         group_size=size,
-        version=version,
+        version=config.version,
         bias=DTYPES[bias.spec.dtype] if bias else None,
         scales_dtype=DTYPES[scales.dtype],
         kernel=config.kernel,
         device="meta",
     )
-    for part in ("qweight", "qzeros", "scales", "g_idx"):
+    if not all(layer.get_buffer(part).is_floating_point() for part in ("scales", "bias") if part in layer.state_dict()):
+        raise BadModelError(f"{name}: scales and bias must be floating, got {scales.dtype}")
+    for part, buffer in layer.state_dict().items():
         stored = reader.entries.get(f"{name}.{part}")
-        wanted = tuple(getattr(layer, part).shape)
-        if stored is not None and (stored.spec.shape != wanted):
+        wanted = TensorSpec(DTYPE_NAMES[buffer.dtype], tuple(buffer.shape))
+        if stored is not None and stored.spec != wanted:
             raise BadModelError(
-                f"{name}.{part} must have shape {list(wanted)} for {expected_bits} bits and group_size {size}, "
-                f"got {list(stored.spec.shape)}" + (f" (it looks like {bits} bits)" if part == "qweight" else "")
+                f"{name}.{part} must be {wanted.dtype} {list(wanted.shape)} for {bits} bits and group_size {size}, "
+                f"got {stored.spec.dtype} {list(stored.spec.shape)}; "
+                "quantization_config and tensors do not belong together"
             )
-    if bias is None and linear.bias is not None:
-        raise BadModelError(f"tensor {name}.bias is missing from {reader.folder}")
     return layer
 
 
 def _left_out(name: str, layer: QuantLinear, reader: CheckpointReader, config: GptqFileConfig) -> dict[str, Tensor]:
-    """g_idx without act-order and symmetric qzeros follow from the keys; anything else must be stored."""
-    filled = {}
-    if f"{name}.g_idx" not in reader.entries:
-        if config.desc_act:
-            raise BadModelError(f"tensor {name}.g_idx is missing from {reader.folder}, and desc_act needs it")
-        filled[f"{name}.g_idx"] = (torch.arange(layer.in_features, device="cpu") // layer.group_size).to(torch.int32)
-    if f"{name}.qzeros" not in reader.entries:
-        raise BadModelError(f"tensor {name}.qzeros is missing from {reader.folder}")
-    return filled
+    """g_idx follows from the keys where there is no act-order; anything else must be stored."""
+    reader.spec(f"{name}.qzeros")
+    if f"{name}.g_idx" in reader.entries:
+        return {}
+    if config.for_module(name).desc_act:
+        raise BadModelError(f"tensor {name}.g_idx is missing from {reader.folder}, and desc_act needs it")
+    return {f"{name}.g_idx": (torch.arange(layer.in_features, device="cpu") // layer.group_size).to(torch.int32)}
 
 
 def _check_names(model: Any, reader: CheckpointReader, filled: Mapping[str, Tensor]) -> None:
     """Every tensor of the model is stored, and every stored one has a place."""
-    wanted = set(model.state_dict().keys())
+    wanted: dict[str, Tensor] = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = sorted(wanted - reader.entries.keys() - tied - filled.keys())
+    missing = sorted(wanted.keys() - reader.entries.keys() - tied - filled.keys())
     if missing:
         raise BadModelError(f"tensor {missing[0]} is missing from {reader.folder} ({len(missing)} missing in all)")
-    extra = sorted(name for name in reader.entries.keys() - wanted if not name.endswith("rotary_emb.inv_freq"))
+    extra = sorted(name for name in reader.entries.keys() - wanted.keys() if not name.endswith(".inv_freq"))
     if extra:
         raise BadModelError(f"{reader.folder} holds {extra[0]} ({len(extra)} such), which the model has no place for")
+    for name, tensor in wanted.items():
+        if name in reader.entries and reader.spec(name).shape != tuple(tensor.shape):
+            got = list(reader.spec(name).shape)
+            raise BadModelError(f"{name} must have shape {list(tensor.shape)} by config.json, got {got}")
 
 
 def _stored_version(reader: CheckpointReader, names: list[str], config: GptqFileConfig) -> int:
     """The version the zeros were really written in: symmetric zeros show it, whatever the tag says."""
-    if not config.sym:
+    name = next((name for name in names if config.for_module(name).sym), None)
+    if name is None:
         return config.version
-    name = names[0]
-    bits, _ = config.for_module(name)
+    bits = config.for_module(name).bits
     raw = unpack_zeros(reader.read(f"{name}.qzeros"), bits, version=2)
     middle = 2 ** (bits - 1)
     seen = 2 if bool((raw == middle).all()) else 1 if bool((raw == middle - 1).all()) else config.version
@@ -279,9 +304,17 @@ def _stored_version(reader: CheckpointReader, names: list[str], config: GptqFile
     return seen
 
 
-def _override(changes: Mapping[str, Any]) -> ModuleOverride:
-    known = {key: value for key, value in changes.items() if key in ModuleOverride.model_fields}
-    unknown = changes.keys() - known.keys() - _PROVENANCE
-    if unknown:
-        raise BadModelError(f"dynamic rule key {sorted(unknown)[0]!r} is not understood and might change the numbers")
-    return ModuleOverride(**known)
+def check_values(model: nn.Module) -> None:
+    """Refuse loaded tensors that would give nonsense without an error: numbers not finite, groups that are not there.
+
+    Raises:
+        BadModelError: naming the tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise BadModelError(f"weights must be finite, {name} holds NaN or Inf")
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and not layer.g_idx.is_meta:
+            low, high = (int(end) for end in layer.g_idx.aminmax())
+            if low < 0 or high >= layer.scales.shape[0]:
+                raise BadModelError(f"{name}.g_idx must name groups 0..{layer.scales.shape[0] - 1}, got {low}..{high}")

@@ -6,7 +6,8 @@ that was measured to be faster and as exact, it serves small inputs (see ``docs/
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.version, self.kernel = bits, size, version, kernel
         self._packed: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(QuantLinear._forget_packed)  # type: ignore[no-untyped-call]
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -154,6 +156,19 @@ class QuantLinear(nn.Module):
             layer.bias = bias.detach().clone()
         return layer
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to a device; the scales keep their stored dtype, because a model cast to bfloat16 would round them."""
+        stored = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._forget_packed()
+        if self.scales.dtype != stored.dtype:
+            self.scales = stored.to(self.scales.device)
+        return self
+
+    def _forget_packed(self, *_: object) -> None:
+        """Drop the copy that the int4 kernel reads; it is made anew from the buffers when it is next wanted."""
+        self._packed = None
+
     def dequantized(self) -> Tensor:
         """The real weights, [out, in] float32."""
         packed = self.qweight, self.qzeros, self.scales, self.g_idx
@@ -195,7 +210,7 @@ class QuantLinear(nn.Module):
             grid = torch.stack([scales, (8 - zeros) * scales], dim=-1).to(torch.bfloat16).contiguous()
             self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), grid
         weight, grid = self._packed
-        flat = x.reshape(-1, self.in_features)
+        flat = x.reshape(-1, self.in_features).contiguous()
         result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight, self.group_size, grid)
         result = result.reshape(*x.shape[:-1], self.out_features)
         return result if self.bias is None else result + self.bias.to(x.dtype)

@@ -27,6 +27,9 @@ PeakSource = Literal["vmhwm_since_reset", "vmhwm_since_process_start", "ru_maxrs
 StepFn = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(ids [1, new] int64, cache or None) -> (logits [1, vocab] after the last id, cache that holds the ids as well)."""
 
+DECODE_TOKENS, DECODE_ROUNDS = 8, 4
+"""Steps that are timed together, long enough for the clock; and how often, so that models still take turns soon."""
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK_RSS = "5"
@@ -57,6 +60,7 @@ class Speed:
 
     prompt_tokens: int
     decode_tokens: int
+    """Single steps that were timed together: the tokens behind one entry of decode_seconds."""
     prefill_tokens_per_second: float
     """prompt_tokens by the median of prefill_seconds."""
     decode_tokens_per_second: float
@@ -64,7 +68,7 @@ class Speed:
     prefill_seconds: tuple[float, ...]
     """Every repetition, in order; warm-ups are left out."""
     decode_seconds: tuple[float, ...]
-    """Every repetition, in order; each is decode_tokens single steps with a KV cache, the best token taken."""
+    """Every turn, in order; each is decode_tokens single steps with a KV cache, the likeliest token taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,46 +136,55 @@ def tensor_bytes(model: torch.nn.Module) -> int:
 
 
 def measure_speed(
-    models: Mapping[str, StepFn], prompt: Tensor, *, decode_tokens: int, repeats: int = 5, warmups: int = 1
+    models: Mapping[str, StepFn],
+    prompt: Tensor,
+    *,
+    decode_tokens: int = DECODE_TOKENS,
+    rounds: int = DECODE_ROUNDS,
+    repeats: int = 5,
+    warmups: int = 1,
 ) -> dict[str, Speed]:
     """Time prefill and decode of several models in turns, so that a noisy machine slows all of them alike.
 
-    The order is turned round at every repetition, so that no model always follows the same neighbour.
+    In every repetition each model reads the prompt, then the models take turns of ``decode_tokens`` steps. The order
+    is turned round at every repetition, so that no model always follows the same neighbour.
 
     Args:
         models: label -> one step of that model.
         prompt: [1, prompt] int64 on the models' device. Read, never written.
-        decode_tokens: single steps after the prompt.
+        decode_tokens: greedy single steps that are timed together.
+        rounds: how often in a repetition that happens.
         repeats: repetitions that count.
         warmups: repetitions before them that do not.
 
     Raises:
         UsageError: one of the counts is too small.
     """
-    if min(prompt.shape[-1], decode_tokens, repeats) < 1 or warmups < 0:
+    if min(prompt.shape[-1], decode_tokens, rounds, repeats) < 1 or warmups < 0:
         raise UsageError(
-            "a speed needs a prompt, decode_tokens and repeats of at least 1 and warmups of at least 0, "
-            f"got {prompt.shape[-1]}, {decode_tokens}, {repeats} and {warmups}"
+            "a speed needs a prompt, decode_tokens, rounds and repeats of at least 1 and warmups of at least 0, "
+            f"got {prompt.shape[-1]}, {decode_tokens}, {rounds}, {repeats} and {warmups}"
         )
-    times: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
-    for turn in range(warmups + repeats):
-        labels = list(models) if turn % 2 == 0 else list(models)[::-1]
-        for label in labels:
-            seconds = time_generation(models[label], prompt, decode_tokens=decode_tokens)
-            if turn >= warmups:
-                times[label].append(seconds)
-    return {label: _speed(rows, prompt.shape[-1], decode_tokens) for label, rows in times.items()}
-
-
-def time_generation(model: StepFn, prompt: Tensor, *, decode_tokens: int) -> tuple[float, float]:
-    """Seconds to read ``prompt`` [1, prompt] int64, and seconds for ``decode_tokens`` greedy steps after it."""
+    prefill: dict[str, list[float]] = {label: [] for label in models}
+    decode: dict[str, list[float]] = {label: [] for label in models}
     with torch.inference_mode():
-        start = _now(prompt.device)
-        logits, cache = model(prompt, None)
-        prefilled = _now(prompt.device)
-        for _ in range(decode_tokens):
-            logits, cache = model(logits.argmax(-1, keepdim=True), cache)
-        return prefilled - start, _now(prompt.device) - prefilled
+        for turn in range(warmups + repeats):
+            if turn == warmups:
+                prefill, decode = {label: [] for label in models}, {label: [] for label in models}
+            labels = list(models) if turn % 2 == 0 else list(models)[::-1]
+            states = {}
+            for label in labels:
+                start = _now(prompt.device)
+                states[label] = models[label](prompt, None)
+                prefill[label].append(_now(prompt.device) - start)
+            for label in labels * rounds:
+                logits, cache = states[label]
+                start = _now(prompt.device)
+                for _ in range(decode_tokens):
+                    logits, cache = models[label](logits.argmax(-1, keepdim=True), cache)
+                decode[label].append(_now(prompt.device) - start)
+                states[label] = logits, cache
+    return {label: _speed(prefill[label], decode[label], prompt.shape[-1], decode_tokens) for label in models}
 
 
 def folder_bytes(folder: Path) -> int:
@@ -200,15 +213,14 @@ def environment(device: torch.device, *, qquant_version: str) -> Environment:
     )
 
 
-def _speed(rows: list[tuple[float, float]], prompt_tokens: int, decode_tokens: int) -> Speed:
-    prefill, decode = zip(*rows, strict=True)
+def _speed(prefill: list[float], decode: list[float], prompt_tokens: int, decode_tokens: int) -> Speed:
     return Speed(
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
         prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
         decode_tokens_per_second=decode_tokens / statistics.median(decode),
-        prefill_seconds=prefill,
-        decode_seconds=decode,
+        prefill_seconds=tuple(prefill),
+        decode_seconds=tuple(decode),
     )
 
 

@@ -21,12 +21,11 @@ from qquant.errors import BadDataError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
 NOT_MEASURED = "not measured"
 
 _LOG = logging.getLogger("qquant.report")
 _MEGA = 1e6
-_WORST_LAYERS = 5
+_WORST_LAYERS = 3
 _KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 """Rows of the layer picture from top to bottom; other names follow in their own order."""
 _KIND_OF = {
@@ -58,7 +57,7 @@ _TABLES = {
         ("prompt tokens", "speed.prompt_tokens", "d"),
         ("prefill (tokens/s)", "speed.prefill_tokens_per_second", ".1f"),
         ("ratio", "ratios.prefill_tokens_per_second", ".3f"),
-        ("new tokens", "speed.decode_tokens", "d"),
+        ("steps timed together", "speed.decode_tokens", "d"),
         ("decode (tokens/s)", "speed.decode_tokens_per_second", ".1f"),
         ("ratio", "ratios.decode_tokens_per_second", ".3f"),
     ),
@@ -77,7 +76,7 @@ _COMPARISONS = ("ratios.", "accuracy.kl_", "accuracy.nll_difference", "accuracy.
 class Strict(BaseModel):
     """A frozen record in which an unknown, mistyped or non-finite field is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Accuracy(Strict):
@@ -147,7 +146,7 @@ class LayerError(Strict):
 
     name: str
     relative_error: float
-    """Share of the layer's output energy that is error, on the calibration data."""
+    """Share of the layer's output energy that is error, on the calibration data; of its weights for method rtn."""
 
 
 class Ratios(Strict):
@@ -157,7 +156,7 @@ class Ratios(Strict):
     weights_bytes: float | None
     tensor_bytes: float | None
     prefill_tokens_per_second: float | None
-    """Median of the ratios of neighbouring repetitions, not the ratio of the medians."""
+    """Median of the ratios of turns that followed each other, not the ratio of the medians."""
     decode_tokens_per_second: float | None
     """As above."""
 
@@ -187,7 +186,7 @@ class ModelRow(Strict):
 class EvalReport(Strict):
     """One evaluation: what was run, where, on what, and what came out; the first row is the baseline."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     created: str
     """UTC, ISO 8601."""
     command: str
@@ -243,15 +242,11 @@ def report_from_json(text: str | bytes) -> EvalReport:
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"]) or "document"
-        raise BadDataError(f"not a report of schema {SCHEMA_VERSION}: {place}: {fault['msg']}") from error
+        raise BadDataError(f"not a report of schema 1: {place}: {fault['msg']}") from error
 
 
 def write_report(report: EvalReport, folder: Path) -> EvalReport:
-    """Write report.json, report.md and, where matplotlib is installed, the pictures into an existing folder.
-
-    Returns:
-        The record as written: ``report`` with the names of the pictures filled in.
-    """
+    """Write report.json, report.md and, with matplotlib, pictures into a folder; returns the record that names them."""
     report = report.model_copy(update={"plots": tuple(_draw(report, folder))})
     (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
@@ -261,24 +256,17 @@ def write_report(report: EvalReport, folder: Path) -> EvalReport:
 def to_markdown(report: EvalReport) -> str:
     """The report for a human reader; every number in it is a rounded field of the record."""
     data, env = report.data, report.environment
+    facts = {"command": f"`{report.command}`", "created": report.created, "seed": report.seed, **dict(env)}
+    sources = sorted({row.memory.peak_rss_source for row in report.rows if row.memory})
     parts = [
         f"# Evaluation of {', '.join(row.label for row in report.rows if row.role == 'candidate')}",
         f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
         f"stride {data.stride}. All models ran in {report.compute_dtype} on {env.device}.",
         *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in _TABLES.items()],
-        f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(_peak_sources(report.rows)) or NOT_MEASURED}.",
+        f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(sources) or NOT_MEASURED}.",
         *_worst_layers(report.rows),
         *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots],
-        "## How it was run\n\n"
-        + _table(
-            ("what", "value"),
-            [
-                ("command", f"`{report.command}`"),
-                ("created", report.created),
-                ("seed", str(report.seed)),
-                *[(field, str(value)) for field, value in env],
-            ],
-        ),
+        "## How it was run\n\n" + _table(("what", "value"), [(name, str(value)) for name, value in facts.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -301,21 +289,22 @@ def _cell(row: ModelRow, path: str, spec: str) -> str:
     return f"{100 * value:.2f} %" if spec == _PERCENT else format(value, spec)
 
 
-def _peak_sources(rows: Sequence[ModelRow]) -> list[str]:
-    return sorted({row.memory.peak_rss_source for row in rows if row.memory})
-
-
 def _worst_layers(rows: Sequence[ModelRow]) -> list[str]:
     body = []
     for row in rows:
         worst = sorted(row.layer_errors, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
-        body += [(_name(row), f"`{layer.name}`", f"{layer.relative_error:.3g}") for layer in worst]
-    head = ("model", "layer", "relative output error")
+        body += [(_errors_of(row), f"`{layer.name}`", f"{layer.relative_error:.3g}") for layer in worst]
+    head = ("model", "layer", "relative error")
     return [f"## Layers with the largest error\n\n{_table(head, body)}"] if body else []
 
 
 def _name(row: ModelRow) -> str:
     return row.label + (" (baseline)" if row.role == "baseline" else "")
+
+
+def _errors_of(row: ModelRow) -> str:
+    """The row's name, with a warning where errors are of another kind than the others'."""
+    return row.label + (" (error of the weights: rtn uses no data)" if row.method == "rtn" else "")
 
 
 def _weights(row: ModelRow) -> str:
@@ -355,7 +344,7 @@ def _draw(report: EvalReport, folder: Path) -> list[str]:
 
 def _draw_layer_errors(figure: Figure, report: EvalReport) -> str | None:
     """Heat maps on one colour scale, one per candidate: layer by kind of linear. Returns why it cannot be drawn."""
-    grids = {row.label: grid for row in report.rows if (grid := _layer_grid(row.layer_errors))}
+    grids = {_errors_of(row): grid for row in report.rows if (grid := _layer_grid(row.layer_errors))}
     if not grids:
         return "no candidate has a quant_log.json with errors above zero"
     found = {kind for grid in grids.values() for kind, _ in grid}
@@ -369,7 +358,7 @@ def _draw_layer_errors(figure: Figure, report: EvalReport) -> str | None:
         image = axis.imshow(cells, cmap="cividis", norm="log", vmin=min(values), vmax=max(values), aspect="auto")
         axis.set(title=label, yticks=range(len(kinds)), yticklabels=kinds, facecolor="lightgrey")
     axes[-1].set(xlabel="layer", xticks=range(0, layers, 1 + layers // 20))
-    figure.colorbar(image, ax=list(axes), label="relative output error (share of energy)")
+    figure.colorbar(image, ax=list(axes), label="relative error (share of energy)")
     return None
 
 

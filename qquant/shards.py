@@ -37,6 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_NUMBER_LIMIT = 2**60  # elements or bytes; a header that claims more is damaged, and torch counts in int64
 _CHUNK = 16 * 2**20  # bytes copied at a time
 
 
@@ -85,10 +86,11 @@ class CheckpointReader:
                     raise BadModelError(f"each tensor must be stored once, {name} is in more than one file of {folder}")
                 self.entries[name] = entry
         index = folder / INDEX_NAME
-        if index.exists():
-            missing = sorted(_weight_map(index).keys() - self.entries.keys())
-            if missing:
-                raise BadModelError(f"the index of {folder} lists {missing[0]}, which none of its shards holds")
+        if self.files == [folder / SINGLE_NAME] or not index.exists():
+            return
+        for name, file_name in _weight_map(index).items():
+            if name not in self.entries or self.entries[name].file != folder / file_name:
+                raise BadModelError(f"the index of {folder} says that {file_name} holds {name}, and it does not")
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor."""
@@ -126,16 +128,21 @@ class CheckpointReader:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder in a fixed order; see ``CheckpointReader`` for what is refused."""
-    index = folder / INDEX_NAME
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if index.exists():
         names = sorted(set(_weight_map(index).values()))
         for name in names:
             _refuse_outside(folder, name)
             if not (folder / name).is_file():
                 raise BadModelError(f"the index of {folder} names {name}, which is not there; download it again")
+        if single.is_file() and names != [SINGLE_NAME]:
+            raise BadModelError(
+                f"{folder} holds both {SINGLE_NAME} and an index of other files, and readers differ on which counts; "
+                "remove the one that does not belong"
+            )
         return [folder / name for name in names]
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
+    if single.is_file():
+        return [single]
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return others
@@ -232,8 +239,10 @@ class ShardWriter:
         with (self._folder / file_name).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.flush()
-            if offset:
+            if hasattr(os, "posix_fallocate") and offset:
                 os.posix_fallocate(stream.fileno(), 8 + len(text), offset)
+            else:  # macOS has no such call; the file then gets its size, but not yet its blocks
+                stream.truncate(8 + len(text) + offset)
 
 
 def _split(plan: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
@@ -251,52 +260,79 @@ def _split(plan: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadModelError(f"{index} must be JSON with a weight_map, got {type(error).__name__}: {error}") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise BadModelError(f"the weight_map of {index} must map tensor names to file names")
     return weight_map
 
 
 def _refuse_outside(folder: Path, name: str) -> None:
     path = PurePosixPath(name)
-    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
-    if not inside or not (folder / name).resolve().is_relative_to(folder.resolve()):
+    if not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name:
+        home, target = folder.resolve(), (folder / name).resolve()
         # A hub cache keeps a model's files as links to a neighbouring folder of blobs; those are the one exception.
-        if inside and len(path.parts) == 1 and (folder.parent.name == "snapshots"):
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if target.is_relative_to(home) or target.is_relative_to(blobs):
             return
-        raise BadModelError(f"an index may only name files inside the model folder, {folder} names {name!r}")
+    raise BadModelError(f"an index may only name files inside the model folder, {folder} names {name!r}")
 
 
 def _read_header(file: Path, metadata: dict[str, str]) -> dict[str, Entry]:
+    """Every entry of one file, checked as the safetensors library does: nothing overlaps, nothing is left over."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise BadModelError(f"{file} is not a whole safetensors file: its header does not fit its {size} bytes")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise BadModelError(f"{file} has a damaged safetensors header: {error}") from error
-    if not isinstance(header, dict):
-        raise BadModelError(f"{file} has a damaged safetensors header: not an object")
-    metadata.update(header.pop("__metadata__", None) or {})
-    entries = {}
-    for name, value in header.items():
-        try:
-            spec = TensorSpec(str(value["dtype"]), tuple(int(n) for n in value["shape"]))
-            start, end = (int(n) for n in value["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadModelError(f"{file} has a damaged entry for {name}") from error
-        if spec.dtype not in DTYPES:
-            raise BadModelError(f"{name} in {file} has dtype {spec.dtype}; known: {', '.join(DTYPES)}")
-        if min(spec.shape, default=0) < 0 or end - start != spec.nbytes or start < 0 or 8 + length + end > size:
+        text = stream.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise BadModelError(f"{file} has a damaged safetensors header: {error}") from error
+    notes = header.pop("__metadata__", None) or {} if isinstance(header, dict) else None
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise BadModelError(f"{file} has a damaged safetensors header: not an object, or metadata that is not text")
+    metadata.update(notes)
+    places = {name: _place(file, name, value) for name, value in header.items()}
+    entries, end_before = {}, 0
+    for name, (start, end, spec) in sorted(places.items(), key=lambda item: item[1][:2]):
+        if start != end_before or end - start != spec.nbytes or 8 + length + end > size:
             raise BadModelError(f"{name} in {file} does not fit the file: it is truncated or damaged, get it again")
         entries[name] = Entry(file, spec, 8 + length + start)
+        end_before = end
+    if 8 + length + end_before != size:
+        raise BadModelError(f"{file} holds bytes that belong to no tensor; it is damaged, get it again")
     return entries
+
+
+def _place(file: Path, name: str, value: Any) -> tuple[int, int, TensorSpec]:
+    """First byte, end and spec of one header entry."""
+
+    def counts(key: str) -> list[int]:
+        numbers = value[key]
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < _NUMBER_LIMIT for n in numbers):
+            raise ValueError(f"{key} must be a list of counts")
+        return numbers
+
+    try:
+        dtype, shape, (start, end) = str(value["dtype"]), tuple(counts("shape")), counts("data_offsets")
+        if math.prod(n for n in shape if n) >= _NUMBER_LIMIT:
+            raise ValueError("shape is larger than any memory")
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadModelError(f"{file} has a damaged entry for {name}: {error}") from error
+    if dtype not in DTYPES:
+        raise BadModelError(f"{name} in {file} has dtype {dtype[:20]}; known: {', '.join(DTYPES)}")
+    return start, end, TensorSpec(dtype, shape)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name appears twice")
+    return content
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

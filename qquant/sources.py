@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -26,6 +27,12 @@ _log = logging.getLogger("qquant")
 
 # Buffers that old checkpoints stored and every model computes for itself.
 _COMPUTED_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
+# What transformers and torch raise when a configuration or tokenizer file makes no sense.
+_BUILD_ERRORS = (
+    ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError,
+    AssertionError, StrictDataclassError,
+)  # fmt: skip
 
 
 def resolve_folder(name: str) -> Path:
@@ -35,17 +42,16 @@ def resolve_folder(name: str) -> Path:
         BadModelError: neither.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise BadModelError(f"a model must be a folder or a hub id owner/name, and {name} is neither")
+        raise BadModelError(f"a model must be a folder or a hub id owner/name, and {name!r} is neither")
     try:
         return Path(
             snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja"])
         )
     except (OSError, ValueError) as error:  # the hub client's errors derive from these two
-        reason = str(error).split("\n")[0][:200]
-        raise BadModelError(f"{name} is no local folder, and the hub did not give it: {reason}") from error
+        raise BadModelError(f"{name} is no local folder, and the hub did not give it: {_one_line(error)}") from error
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -60,19 +66,35 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BadModelError(f"a model folder must hold config.json, {folder} does not")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).split("\n")[0][:300]
-        raise BadModelError(f"the model in {folder} cannot be built by the installed transformers: {reason}") from error
+    except _BUILD_ERRORS as error:
+        raise BadModelError(
+            f"the model in {folder} cannot be built by the installed transformers: {_one_line(error)}"
+        ) from error
     return config
+
+
+def skeleton(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a configuration on the meta device, in eval mode; raises BadModelError if there is none."""
+    try:
+        with init_empty_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except _BUILD_ERRORS as error:
+        raise BadModelError(
+            f"no causal language model can be built from config.json of {folder}: {_one_line(error)}"
+        ) from error
+    model.eval()
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer; raises BadModelError if there is none or it needs code of its own."""
+    # Without any of these transformers makes up a tokenizer with an empty vocabulary and says nothing.
+    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+        raise BadModelError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}); copy it from the original")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).split("\n")[0][:300]
-        raise BadModelError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+    except _BUILD_ERRORS as error:
+        raise BadModelError(f"the tokenizer in {folder} cannot be loaded: {_one_line(error)}") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -135,20 +157,21 @@ class StreamedModel:
         """Build the skeleton on the meta device and check every name and shape against the files' headers."""
         self.folder, self.device = folder, torch.device(device)
         self.config = read_config(folder)
-        if prepare is None and getattr(self.config, "quantization_config", None) is not None:
-            raise BadModelError(f"{folder} is quantized already; start from the original checkpoint")
         self.reader = CheckpointReader(folder)
+        declared = getattr(self.config, "quantization_config", None) is not None
+        if prepare is None and (declared or any(name.endswith(".qweight") for name in self.reader.entries)):
+            raise BadModelError(f"{folder} is quantized already; start from the original checkpoint")
         self.dtype = dtype or self._compute_dtype()
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
-        model.eval()
+        model = skeleton(self.config, folder, self.dtype)
         if prepare is not None:
             prepare(model, self.reader)
         self.model: nn.Module = model
         self.layout = (
-            find_layout(model, self.config.model_type) if prepare is None else _blocks_only(model, self.config)
+            find_layout(model, self.config.model_type)
+            if prepare is None  # packed linears are no nn.Linear, and a plain skeleton has the same blocks
+            else find_layout(skeleton(self.config, folder), self.config.model_type)
         )
         self.tied = _tied_names(model)
         self._check_tensors()
@@ -212,6 +235,20 @@ class StreamedModel:
             dtype = declared if isinstance(declared, torch.dtype) else torch.float32
         return torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
 
+    def _check_tied(self) -> None:
+        """A tied tensor may be stored as well, if it is the same: transformers unties two that differ."""
+        for name, original in self.tied.items():
+            if name not in self.reader.entries or original not in self.reader.entries:
+                continue
+            same = self.reader.spec(name) == self.reader.spec(original) and all(
+                torch.equal(*pair) for pair in zip(self.reader.chunks(name), self.reader.chunks(original), strict=True)
+            )
+            if not same:
+                raise BadModelError(
+                    f"config.json ties {name} to {original}, but {self.folder} stores two different tensors; "
+                    "set tie_word_embeddings to false if both are meant"
+                )
+
     def _check_tensors(self) -> None:
         wanted, stored = _tensors(self.model), self.reader.entries
         missing = [name for name in wanted if name not in stored and name not in self.tied]
@@ -226,6 +263,11 @@ class StreamedModel:
                 raise BadModelError(
                     f"{name} must have shape {list(tensor.shape)} by config.json, {self.folder} holds {got}"
                 )
+            if name in stored and DTYPES[stored[name].spec.dtype].is_floating_point != tensor.is_floating_point():
+                raise BadModelError(
+                    f"{name} must not be stored as {stored[name].spec.dtype}; {self.folder} is not a plain checkpoint"
+                )
+        self._check_tied()
         extra = sorted(stored.keys() - wanted.keys())
         unknown = [name for name in extra if not any(fnmatch.fnmatch(name, known) for known in _COMPUTED_BUFFERS)]
         if unknown:
@@ -237,21 +279,18 @@ class StreamedModel:
             _log.warning("%d stored tensors are computed by the model itself and left out: %s", len(extra), extra[0])
 
 
-def _blocks_only(model: nn.Module, config: PretrainedConfig) -> Layout:
-    """The layout of a model whose linears are already packed; only its blocks are needed."""
-    with init_empty_weights():
-        plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return find_layout(plain, config.model_type)
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name."""
     return dict(module.state_dict(keep_vars=True))
 
 
-def _tied_names(model: Any) -> set[str]:
-    """Names that are copies of another tensor by the model's own rule, such as a tied output projection."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
+def _tied_names(model: Any) -> dict[str, str]:
+    """Tensors that are copies by the model's own rule, such as a tied output projection: copy -> original."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

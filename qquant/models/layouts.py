@@ -74,6 +74,8 @@ def find_layout(model: nn.Module, model_type: str) -> Layout:
             linear layer nor a vector (fused mixture-of-experts weights, convolutions).
     """
     layout = _KNOWN.get(model_type) or Layout(_longest_block_list(model, model_type), None)
+    if not len(block_list(model, layout)):
+        raise BadModelError(f"a model must have at least one block, this one of type {model_type!r} has none")
     for index, block in enumerate(block_list(model, layout)):
         _refuse_foreign_weights(block, f"{layout.blocks}.{index}", model_type)
         if layout.units is not None:
@@ -117,10 +119,15 @@ def _longest_block_list(model: nn.Module, model_type: str) -> str:
 
 def _refuse_foreign_weights(block: nn.Module, name: str, model_type: str) -> None:
     known = {id(linear.weight) for linear in linears(block).values()}
-    for parameter_name, parameter in block.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in known:
-            shape = tuple(parameter.shape)
-            raise BadModelError(
-                f"every matrix of a block must belong to a linear layer; {name}.{parameter_name} {shape} of model type "
-                f"{model_type!r} does not (fused experts and convolutions are not supported)"
-            )
+    foreign = {
+        parameter_name: tuple(parameter.shape)
+        for parameter_name, parameter in block.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in known
+    }
+    if foreign:
+        # Of a router and its fused experts, the experts say more clearly what the matter is.
+        worst = max(foreign, key=lambda parameter_name: len(foreign[parameter_name]))
+        raise BadModelError(
+            f"every matrix of a block must belong to a linear layer; {name}.{worst} {foreign[worst]} of model type "
+            f"{model_type!r} does not (fused mixture-of-experts weights and convolutions are not supported)"
+        )

@@ -1,0 +1,84 @@
+"""The whole job on one small model: quantize it to Int8 and Int4, evaluate both against the original, show the report.
+
+Every step is a command that you could type yourself; this script only types them, one after the other, and prints
+each before it runs. The default is the model that ships beside it; any other folder does as well:
+
+    python examples/quickstart.py --model DIR --data CALIBRATION.txt --eval HELD-OUT.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "examples" / "reference-model"
+
+# Row of the report -> options of the quantizer. Round-to-nearest uses no data and shows what GPTQ is worth.
+VARIANTS = {
+    "int8": ["--bits", "8"],
+    "int4": ["--bits", "4"],
+    "int4-rtn": ["--bits", "4", "--method", "rtn"],
+}
+
+
+def main() -> None:
+    """Quantize each variant, evaluate all of them in one report, print it."""
+    parser = argparse.ArgumentParser(description="quantize, evaluate and report one small model")
+    parser.add_argument("--model", type=Path, default=REFERENCE, help="folder of the original model")
+    parser.add_argument("--data", type=Path, help="calibration text (default: calib.txt of the reference model)")
+    parser.add_argument("--eval", type=Path, dest="held_out", help="evaluation text (default: its eval.txt)")
+    parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="where everything is written")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per calibration sample")
+    args = parser.parse_args()
+    data = args.data or REFERENCE / "calib.txt"
+    held_out = args.held_out or REFERENCE / "eval.txt"
+    for path, option in ((args.model / "config.json", "--model"), (data, "--data"), (held_out, "--eval")):
+        if not path.is_file():
+            parser.error(f"{shown(path)} does not exist; name another with {option}")
+
+    started = time.monotonic()
+    for name, options in VARIANTS.items():
+        source = ["--model", args.model, "--data", data, "--seq-len", args.seq_len]
+        run("qquant.gptq", *source, *options, "--out", args.out / name, "--overwrite")
+    candidates = [part for name in VARIANTS for part in ("--candidate", args.out / name)]
+    report = args.out / "report"
+    run("qquant.eval", "--baseline", args.model, *candidates, "--data", held_out, "--out", report, "--overwrite")
+
+    text = (report / "report.md").read_text(encoding="utf-8")
+    print("\n" + first_table(text) + "\n")
+    print(f"Done in {time.monotonic() - started:.0f} s. The report: {report / 'report.md'}")
+
+
+def run(module: str, *options: object) -> None:
+    """Print one command, run it in this interpreter's environment, and stop with its exit code if it fails."""
+    line = ["python", "-m", module, *(shown(option) for option in options)]
+    print(f"\n$ {shlex.join(line)}", flush=True)
+    result = subprocess.run([sys.executable, *line[1:]], check=False)
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def shown(option: object) -> str:
+    """An option as a user would write it: paths below the current folder relative to it."""
+    if isinstance(option, Path) and option.is_absolute() and option.is_relative_to(Path.cwd()):
+        return str(option.relative_to(Path.cwd()))
+    return str(option)
+
+
+def first_table(markdown: str) -> str:
+    """The first table of a Markdown text; the whole text if it has none."""
+    lines = markdown.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("|")), None)
+    if start is None:
+        return markdown
+    stop = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    return "\n".join(lines[start:stop])
+
+
+if __name__ == "__main__":
+    main()

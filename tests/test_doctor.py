@@ -1,0 +1,116 @@
+"""The doctor tells the truth about this environment, and says how to repair a broken one."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from qquant import _native, doctor
+
+app = typer.Typer()
+app.command()(doctor.doctor_command)
+
+
+def findings(*options: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    result = CliRunner().invoke(app, ["--json", *options])
+    record = json.loads(result.stdout)
+    assert record["ok"] == (result.exit_code == 0)
+    return result.exit_code, {row["name"]: row for row in record["findings"]}
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QQUANT_NATIVE", "0")
+    monkeypatch.setattr(_native, "_load", _native._load.__wrapped__)
+
+
+def test_this_environment_is_healthy() -> None:
+    code, rows = findings()
+    assert code == 0
+    assert rows["torch"]["found"].startswith(torch.__version__)
+    assert {row["state"] for row in rows.values() if row["area"] == "core"} == {"ok"}
+
+
+def test_every_finding_is_complete_and_only_a_missing_piece_has_a_fix() -> None:
+    for row in doctor.examine():
+        assert set(row) == {"area", "name", "state", "found", "fix"}
+        assert row["found"]
+        assert not (row["fix"] and row["state"] == "ok")
+
+
+def test_a_package_that_does_not_load_is_broken_and_named_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_safetensors(name: str) -> ModuleType:
+        if name == "safetensors":
+            raise RuntimeError("compiled against something else\nand more lines")
+        return import_module(name)
+
+    monkeypatch.setattr(doctor, "import_module", without_safetensors)
+    code, rows = findings()
+    assert code == 1
+    assert rows["safetensors"]["state"] == "broken"
+    assert rows["safetensors"]["found"] == "RuntimeError: compiled against something else"
+    assert "pip install 'safetensors" in rows["safetensors"]["fix"]
+
+
+def test_a_version_we_did_not_ask_for_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_required_versions", lambda: {"transformers": "<5"})
+    code, rows = findings()
+    assert code == 1
+    assert rows["transformers"]["found"].endswith("qquant needs <5")
+
+
+def test_auto_gptq_is_explained_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.7.1" if name == "auto-gptq" else genuine(name))
+    code, rows = findings()
+    assert code == 0
+    assert "inert" in rows["auto-gptq"]["found"]
+
+
+@pytest.mark.usefixtures("without_native")
+def test_missing_native_modules_leave_the_core_healthy_and_are_explained() -> None:
+    code, rows = findings("--probe")
+    assert code == 0
+    for name in _native.MODULES:
+        assert rows[name]["state"] == "absent"
+        assert rows[name]["found"] == "switched off by QQUANT_NATIVE=0"
+        assert rows[name]["fix"] == _native.REBUILD
+    assert rows["read bandwidth"]["state"] == "absent"
+
+
+def test_the_probe_measures_a_plausible_rate() -> None:
+    if _native.host() is None:
+        pytest.skip("qquant._host is not built here")
+    _, rows = findings("--probe")
+    rate = float(rows["read bandwidth"]["found"].split()[0])
+    assert 0.5 < rate < 1000
+
+
+def test_the_table_names_every_finding() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 0
+    for row in doctor.examine():
+        assert row["name"] in result.stdout
+    assert "The core works." in result.stdout
+
+
+def test_a_module_that_was_never_built_says_so() -> None:
+    module, why = _native._load.__wrapped__("qquant._no_such_module")
+    assert module is None
+    assert why == "not built"
+
+
+def test_the_host_module_rejects_an_empty_buffer() -> None:
+    host = _native.host()
+    if host is None:
+        pytest.skip("qquant._host is not built here")
+    with pytest.raises(ValueError, match="at least 256"):
+        host.read_bandwidth(8)
+    assert {"compiler", "flags"} <= set(host.build_info())

@@ -1,0 +1,332 @@
+"""The door on tiny random checkpoints: what it prints, writes, refuses, and that nothing local leaks into a report."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from qquant.errors import BadDataError, BadModelError, UsageError
+from qquant.eval import evaluate_checkpoints, evaluate_command
+from qquant.report import EvalReport, report_from_json
+from tests.conftest import Factory
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and def add(left, right) returns {} while 你好世界.\n"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "held-out.txt"
+    path.write_text("".join(SENTENCE.format(number) for number in range(12)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def other(checkpoint: Factory) -> Path:
+    """A second model of the same shape, with other weights."""
+    return checkpoint("qwen2", seed=1)
+
+
+@pytest.fixture(scope="session")
+def report(tiny_qwen2: Path, other: Path, text: Path) -> EvalReport:
+    """One evaluation that several tests look at."""
+    return evaluate_checkpoints(tiny_qwen2, [tiny_qwen2, other], text, seq_len=32, max_tokens=101)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command in this process; ``sys.argv`` is what a user's would be, because the report quotes it."""
+    app = typer.Typer()
+    app.command()(evaluate_command)
+
+    def invoke(*arguments: Any) -> Result:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["/somewhere/qquant/eval.py", *words])
+        return CliRunner().invoke(app, words)
+
+    return invoke
+
+
+def test_a_model_beside_itself_differs_by_nothing(report: EvalReport) -> None:
+    base, same, _ = report.rows
+    assert base.accuracy is not None
+    assert same.accuracy is not None
+    assert (same.accuracy.kl_max_nats, same.accuracy.top1_agreement) == (0, 1)
+    assert same.accuracy.perplexity == base.accuracy.perplexity
+    assert same.label != base.label
+
+
+def test_another_model_differs(report: EvalReport) -> None:
+    found = report.rows[2].accuracy
+    assert found is not None
+    assert found.kl_mean_nats is not None
+    assert found.kl_mean_nats > 0
+    assert found.tokens == 100
+
+
+def test_sizes_and_bits_are_those_of_the_files(report: EvalReport, tiny_qwen2: Path) -> None:
+    base = report.rows[0]
+    assert base.weights_bytes == (tiny_qwen2 / "model.safetensors").stat().st_size
+    assert base.bits_per_weight == pytest.approx(32, rel=0.05)  # float32, and a header that counts in a tiny file
+    assert base.bits is None
+    assert report.rows[1].ratios is not None
+    assert report.rows[1].ratios.weights_bytes == 1
+
+
+def test_speed_and_memory_are_measured_for_every_model(report: EvalReport) -> None:
+    for row in report.rows:
+        assert row.speed is not None
+        assert row.speed.prompt_tokens == 32
+        assert row.speed.decode_tokens_per_second > 0
+        assert row.memory is not None
+        assert row.memory.tensor_bytes is not None
+        assert row.memory.tensor_bytes > 100_000
+
+
+def test_the_stride_is_half_a_window_unless_given(report: EvalReport) -> None:
+    assert (report.data.seq_len, report.data.stride, report.data.tokens) == (32, 16, 101)
+
+
+def test_perplexity_is_that_of_the_model_called_by_hand(tiny_qwen2: Path, text: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], text, seq_len=100, max_tokens=101, speed=False)
+    ids = AutoTokenizer.from_pretrained(tiny_qwen2)(text.read_text(encoding="utf-8"))["input_ids"][:101]
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids[:-1]])).logits[0].double()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
+    assert found.rows[0].accuracy is not None
+    assert found.rows[0].accuracy.nll_mean_nats == pytest.approx(expected.item(), rel=1e-5)
+    assert found.rows[0].speed is None
+
+
+def test_gzipped_text_gives_the_same_numbers(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "held-out.txt.gz"
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    options: dict[str, Any] = {"seq_len": 32, "max_tokens": 65, "speed": False}
+    plain, zipped = (evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], path, **options) for path in (text, packed))
+    assert [row.accuracy for row in plain.rows] == [row.accuracy for row in zipped.rows]
+    assert plain.data.sha256 != zipped.data.sha256
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "computed"),
+    [
+        (torch.float16, "auto", "float32"),
+        (torch.bfloat16, "auto", "bfloat16"),
+        (torch.float32, "auto", "float32"),
+        (torch.float32, "bfloat16", "bfloat16"),
+    ],
+    ids=str,
+)
+def test_one_dtype_is_chosen_for_all_rows(
+    checkpoint: Factory, text: Path, stored: torch.dtype, asked: str, computed: str
+) -> None:
+    folder = checkpoint("qwen2", dtype=stored)
+    found = evaluate_checkpoints(
+        folder, [folder], text, seq_len=16, max_tokens=20, dtype=asked, speed=False, device="cpu"
+    )
+    assert found.compute_dtype == computed
+    assert found.rows[0].checkpoint_dtype == str(stored).removeprefix("torch.")
+
+
+def test_a_quantized_candidate_is_read_by_its_own_keys_and_log(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    from qquant.config import QuantizeConfig
+    from qquant.gptq import quantize_checkpoint
+
+    out = tmp_path / "int4"
+    quantize_checkpoint(tiny_qwen2, None, QuantizeConfig(method="rtn", bits=4, group_size=32), out)
+    row = evaluate_checkpoints(tiny_qwen2, [out], text, seq_len=32, max_tokens=80, speed=False).rows[1]
+    assert (row.label, row.method, row.bits, row.group_size) == ("int4", "rtn", 4, 32)
+    assert len(row.layer_errors) == 14
+    assert row.accuracy is not None
+    assert row.accuracy.kl_mean_nats is not None
+    assert 0 < row.accuracy.kl_mean_nats < 1
+    assert row.ratios is not None
+    assert row.ratios.weights_bytes is not None
+    assert row.ratios.weights_bytes < 0.6
+
+
+def test_a_log_that_is_no_log_is_refused(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, folder)
+    (folder / "quant_log.json").write_text('{"modules": [1]}')
+    with pytest.raises(BadModelError, match=r"quant_log\.json"):
+        evaluate_checkpoints(tiny_qwen2, [folder], text, seq_len=16, max_tokens=20, speed=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"seq_len": 32, "stride": 33}, UsageError, "stride must be between"),
+        ({"seq_len": 0}, UsageError, "seq_len must be at least 1"),
+        ({"seq_len": 512}, UsageError, "256 tokens"),
+        ({"max_tokens": 0}, UsageError, "max_tokens"),
+        ({"threads": 0}, UsageError, "threads"),
+        ({"seq_len": 256, "max_tokens": 256}, BadDataError, "lower --seq-len"),
+        ({"dtype": "int4"}, UsageError, "dtype"),
+        ({"device": "quantum"}, UsageError, "device"),
+    ],
+    ids=["stride", "window", "positions", "max_tokens", "threads", "short_text", "dtype", "device"],
+)
+def test_an_option_that_cannot_be_followed_is_refused(
+    tiny_qwen2: Path, text: Path, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], text, **{"seq_len": 16, "speed": False, **options})
+
+
+def test_an_evaluation_needs_a_candidate(tiny_qwen2: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="candidate"):
+        evaluate_checkpoints(tiny_qwen2, [], text)
+
+
+def test_a_missing_folder_is_one_clear_error_and_no_look_at_a_hub(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadModelError, match="neither"):
+        evaluate_checkpoints(tiny_qwen2, [tmp_path / "not-there"], text)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00broken", b"too short"], ids=["no_utf8", "short"])
+def test_text_that_cannot_be_used_is_refused(tiny_qwen2: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(BadDataError):
+        evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], path, seq_len=32)
+
+
+@pytest.mark.parametrize("cut", [20, 60], ids=["header", "body"])
+def test_a_gzip_file_that_ends_early_is_refused(tiny_qwen2: Path, text: Path, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "bad.txt.gz"
+    path.write_bytes(gzip.compress(text.read_bytes())[:cut])
+    with pytest.raises(BadDataError):
+        evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], path, seq_len=32)
+
+
+def test_a_missing_tensor_is_refused_and_not_made_up(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is missing"):
+        evaluate_checkpoints(tiny_qwen2, [folder], text, seq_len=16, max_tokens=20, speed=False)
+
+
+def test_a_candidate_with_another_vocabulary_is_refused(tiny_qwen2: Path, checkpoint: Factory, text: Path) -> None:
+    wide = checkpoint("qwen2", vocab_size=400)
+    with pytest.raises(BadModelError, match="vocabulary"):
+        evaluate_checkpoints(tiny_qwen2, [wide], text, seq_len=16, max_tokens=40, speed=False)
+
+
+def test_the_command_writes_a_report_and_prints_only_its_path(
+    run: Callable[..., Result], tiny_qwen2: Path, other: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "reports" / "first"
+    options = ["--data", text, "--out", out, "--seq-len", 16, "--max-tokens", 40, "--seed", 3, "--no-speed"]
+    result = run("--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--candidate", other, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{out / 'report.md'}\n"
+    report = report_from_json((out / "report.json").read_bytes())
+    assert report.seed == 3
+    assert len(report.rows) == 3
+    assert report.command.startswith("python -m qquant.eval --baseline ")
+    assert [path.name for path in out.parent.iterdir()] == ["first"]
+
+
+def test_nothing_local_is_in_a_written_report(
+    run: Callable[..., Result], tiny_qwen2: Path, other: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["--baseline", tiny_qwen2, f"--candidate={other}", "--data", text, "--out", out, "--no-speed"]
+    assert run(*words, "--seq-len", 16, "--max-tokens", 40).exit_code == 0
+    for path in out.iterdir():
+        content = path.read_bytes()
+        for local in (tmp_path, tiny_qwen2.parent, text.parent, Path.home()):
+            assert str(local).encode() not in content, path.name
+        assert b"quick brown fox" not in content
+
+
+def test_an_existing_report_is_replaced_only_if_asked_for(
+    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("{}")
+    options = ["--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--data", text, "--out", out, "--no-speed"]
+    options += ["--seq-len", 16, "--max-tokens", 40]
+    refused = run(*options)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: the output must not exist yet")
+    assert len(refused.stderr.splitlines()) == 1
+    assert (out / "report.json").read_text() == "{}"
+    assert run(*options, "--overwrite").exit_code == 0
+    assert len(json.loads((out / "report.json").read_text())["rows"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_never_replaces_a_folder_that_is_no_report(
+    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    options = ["--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--data", text, "--out", tmp_path, "--overwrite"]
+    result = run(*options)
+    assert result.exit_code == 2
+    assert "is not one" in result.stderr
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({"--candidate": "/not/there"}, 4), ({"--data": "/not/there.txt"}, 5), ({"--stride": "99"}, 2)],
+    ids=["model", "data", "usage"],
+)
+def test_an_error_is_one_line_with_its_exit_code_and_leaves_nothing(
+    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path, change: dict[str, str], code: int
+) -> None:
+    options = {"--baseline": tiny_qwen2, "--candidate": tiny_qwen2, "--data": text, "--out": tmp_path / "r"}
+    result = run(*[word for pair in {**options, "--seq-len": 16, **change}.items() for word in pair])
+    assert result.exit_code == code
+    assert [line for line in result.stderr.splitlines() if line.strip()][-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(
+    run: Callable[..., Result], tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    options = ["--candidate", "/not/there", "--data", "x", "--out", tmp_path / "r", "--debug"]
+    result = run("--baseline", tiny_qwen2, *options)
+    assert result.exit_code == 4
+    assert "Traceback" in result.stderr
+
+
+def test_damaged_numbers_end_with_the_numeric_exit_code(
+    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "r"
+    options = ["--data", text, "--out", out, "--seq-len", 16, "--max-tokens", 40, "--no-speed"]
+    result = run("--baseline", tiny_qwen2, "--candidate", folder, *options)
+    assert result.exit_code == 6
+    assert "model returned a logit that is not finite" in result.stderr
+    assert not out.exists()

@@ -1,0 +1,112 @@
+"""The command line: two spellings, one result; the same bytes every time; a plan before the work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import qquant
+from qquant.calibrate import samples_from_ids
+from qquant.cli import app
+from qquant.config import ModuleRecord, QuantizeConfig
+from qquant.errors import UsageError
+from tests.conftest import CORPUS, VOCAB, Factory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "calib.txt"
+    file.write_text("\n".join(f"{i} {line}" for i in range(40) for line in CORPUS), encoding="utf-8")
+    return file
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def tree_hash(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_qwens_old_option_names_give_the_same_bytes(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    new, old, again = tmp_path / "new", tmp_path / "old", tmp_path / "again"
+    ours = ["--model", tiny_qwen2, "--data", text, "--bits", 4, "--seq-len", 64, "--group-size", 32, "--n-samples", 8]
+    theirs = ["--model_name_or_path", tiny_qwen2, "--data_path", text, "--bits", 4, "--max_len", 64]
+    theirs += ["--group_size", 32, "--n-samples", 8]
+    for out, options in ((new, [*ours, "--out"]), (old, [*theirs, "--out_path"]), (again, [*ours, "--out"])):
+        code, stdout, stderr = run(*options, out)
+        assert code == 0, stderr
+        assert stdout == f"{out}\n"
+    assert tree_hash(new) == tree_hash(old) == tree_hash(again)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_folder_stays_close_to_the_original(
+    checkpoint: Factory, text: Path, tmp_path: Path, family: str, bits: int
+) -> None:
+    folder = checkpoint(family)
+    code, _, stderr = run(
+        "--model", folder, "--data", text, "--out", tmp_path / "q", "--bits", bits, "--seq-len", 64, "--group-size", 32
+    )
+    assert code == 0, stderr
+    ids = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    got = qquant.load_quantized(tmp_path / "q", dtype=torch.float32)(ids).logits
+    assert (got - exact).norm() / exact.norm() < (0.2 if bits == 4 else 0.02)
+
+
+def test_disk_and_memory_engines_choose_the_same_codes(tiny_qwen2: Path, tmp_path: Path) -> None:
+    samples = samples_from_ids(torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0)))
+    config = QuantizeConfig(bits=4, group_size=32)
+    qquant.quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "disk")
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    qquant.quantize_model(model, samples, config)
+    model.save_pretrained(tmp_path / "memory")
+    disk, memory = qquant.load_quantized(tmp_path / "disk"), qquant.load_quantized(tmp_path / "memory")
+    assert disk.state_dict().keys() == memory.state_dict().keys()
+    for name, tensor in disk.state_dict().items():
+        assert torch.equal(tensor, memory.state_dict()[name]), name
+
+
+def test_progress_hears_of_every_module_once(tiny_qwen2: Path, tmp_path: Path) -> None:
+    heard: list[ModuleRecord] = []
+    config = QuantizeConfig(method="rtn", bits=8, group_size=32)
+    log = qquant.quantize_checkpoint(tiny_qwen2, None, config, tmp_path / "q", on_module=heard.append)
+    assert tuple(heard) == log.modules
+    written = json.loads((tmp_path / "q" / "quant_log.json").read_text())
+    assert [record["name"] for record in written["modules"]] == [record.name for record in heard]
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    code, stdout, _ = run("--model", tiny_qwen2, "--data", text, "--out", tmp_path / "q", "--seq-len", 64,
+                          "--group-size", 32, "--dry-run")  # fmt: skip
+    assert code == 0
+    assert "14 to 4 bits" in stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_planned_size_is_the_written_size(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--model", tiny_qwen2, "--data", text, "--seq-len", 64, "--group-size", 32]
+    _, plan, _ = run(*options, "--out", tmp_path / "q", "--dry-run")
+    run(*options, "--out", tmp_path / "q")
+    tensors = (tmp_path / "q" / "model.safetensors").stat().st_size / 1e6
+    planned = float(plan.split("-> ")[1].split(" MB")[0])
+    assert planned == pytest.approx(tensors, abs=0.02)  # the file's own header is not in the plan
+
+
+def test_clashing_orders_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="act_group_aware and desc_act"):
+        QuantizeConfig.from_dict({"act_group_aware": True, "desc_act": True})
+
+
+def test_unknown_options_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="gruop_size"):
+        QuantizeConfig.from_dict({"gruop_size": 32})
