@@ -23,8 +23,8 @@ ROOT = HERE.parent
 
 
 def make(folder: Path, python: str) -> None:
-    """Make the synthetic model unless it is there."""
-    if not (folder / "model.safetensors.index.json").exists():
+    """Make the synthetic model unless a model is there."""
+    if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([python, str(HERE / "make_synthetic_checkpoint.py"), str(folder)], check=True)
 

@@ -167,8 +167,8 @@ def main() -> None:
     text = make_text(args.seed, args.text_words)
     args.out.with_name(f"{args.out.name}-calibration.txt").write_text(text, encoding="utf-8")
     write_tokenizer(args.out, text, vocab=args.vocab, family=args.family)
-    write_config(args)
     total = write_weights(args)
+    write_config(args)  # last, so that a folder with a config is a finished one
     print(f"{args.out.name}: {args.layers} blocks, {total / 1e9:.3f} GB of bf16 weights")
 
 

@@ -23,8 +23,8 @@ LogitsFn = Callable[[Tensor, int], Tensor]
 ProgressFn = Callable[[int, int], None]
 """Called after every window with (tokens scored so far, tokens to score)."""
 
-_CHUNK_ELEMENTS = 2**23
-"""Logits widened to float32 at a time: 32 MiB each for a handful of temporaries, 55 tokens of a 152k vocabulary."""
+_CHUNK_ELEMENTS = 2**22
+"""Logits widened to float32 at a time: 16 MiB in each of some ten temporaries, 27 tokens of a 152k vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,19 +224,19 @@ def _replaceable(folder: Path) -> bool:
     content = list(folder.iterdir())
     with suppress(BadModelError, OSError):
         if content and not any(path.is_dir() for path in content):
-            return "quantization_config" in _json_object(folder / "config.json")
+            return "quantization_config" in read_json(folder / "config.json")
     return not content
 
 
 def write_side_files(source: Path, target: Path, keys: Mapping[str, Any]) -> None:
     """config.json with the quantization keys, quantize_config.json, tokenizer, chat template, generation config."""
-    config = _without_local_keys(_json_object(source / "config.json"))
+    config = _without_local_keys(read_json(source / "config.json"))
     config["quantization_config"] = dict(keys)
     write_json(target / "config.json", config)
     write_json(target / "quantize_config.json", dict(keys))
     carried = {path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()}
     for path in sorted(carried):
-        content = _json_object(path) if path.name.endswith("_config.json") else {}
+        content = read_json(path) if path.name.endswith("_config.json") else {}
         clean = _without_local_keys(content)
         if clean != content:
             write_json(target / path.name, clean)
@@ -303,8 +303,8 @@ def quantization_config(folder: Path) -> dict[str, Any]:
         BadModelError: none, or two that disagree on what the tensors mean.
     """
     beside = folder / "quantize_config.json"
-    main = _json_object(folder / "config.json").get("quantization_config")
-    side = _json_object(beside) if beside.is_file() else None
+    main = read_json(folder / "config.json").get("quantization_config")
+    side = read_json(beside) if beside.is_file() else None
     keys = side if main is None else main
     if not isinstance(keys, dict):
         raise BadModelError(f"a GPTQ checkpoint must have quantization_config in config.json, {folder} has none")
@@ -364,19 +364,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Readable JSON with a newline at the end."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; raises BadModelError if it is absent or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadModelError(f"a model folder must hold {path.name}, {path.parent} does not") from error
     except (ValueError, RecursionError) as error:
         raise BadModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise BadModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Readable JSON with a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_local_keys(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import qquant
 from qquant.doctor import doctor_command
 from qquant.eval import evaluate_command
 from qquant.gptq import quantize_command
+from qquant.inspect import inspect_command
 
 app = typer.Typer(
     name="qquant",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize_command)
 app.command("eval")(evaluate_command)
+app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)
 
 

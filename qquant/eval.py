@@ -84,7 +84,6 @@ def evaluate_checkpoints(
     import torch
 
     from qquant.accuracy import windows
-    from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
     from qquant.report import Data
     from qquant.sources import load_tokenizer, pick_device, resolve_folder
 
@@ -97,18 +96,13 @@ def evaluate_checkpoints(
     where = pick_device(device)
     folders = _labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
     first = next(iter(folders))
-    compute, limit = _compute_dtype(folders[first], dtype, where), _longest_input(folders.values())
-    if limit is not None and seq_len > limit:
-        raise UsageError(f"seq_len must not exceed what the models were made for, {limit} tokens, got {seq_len}")
+    compute, prompt_len = _compute_dtype(folders[first], dtype, where), _prompt_length(folders.values(), seq_len)
     ids, digest = _read_ids(Path(data), load_tokenizer(folders[first]), seq_len, max_tokens)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    room = seq_len if limit is None else min(seq_len, limit - DECODE_TOKENS * DECODE_ROUNDS)
-    if speed and room < 1:
-        raise UsageError(f"a model of {limit} positions is too short to be timed; pass --no-speed")
     try:
-        timed = ids[:room] if speed else None
+        timed = ids[:prompt_len] if speed and prompt_len else None
         rows = _run(folders, ids, compute, where, seq_len, stride, prompt=timed, tell=on_progress)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(f"the models do not fit the device together; try --device cpu: {error}") from error
@@ -266,12 +260,18 @@ def _compute_dtype(baseline: Path, name: str, device: torch.device) -> torch.dty
     return torch.float32 if name == "auto" and chosen == torch.float16 and device.type == "cpu" else chosen
 
 
-def _longest_input(folders: Iterable[Path]) -> int | None:
-    """The smallest number of positions that any of the models names; None if none does."""
+def _prompt_length(folders: Iterable[Path], seq_len: int) -> int:
+    """How long a prompt leaves every model the positions that timing decodes into; 0: none. Refuses a long window."""
+    from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
     from qquant.sources import read_config
 
     named = [getattr(read_config(folder).get_text_config(), "max_position_embeddings", None) for folder in folders]
-    return min((int(limit) for limit in named if limit), default=None)
+    limit = min((int(positions) for positions in named if positions), default=None)
+    if limit is None:
+        return seq_len
+    if seq_len > limit:
+        raise UsageError(f"seq_len must not exceed what the models were made for, {limit} tokens, got {seq_len}")
+    return max(0, min(seq_len, limit - DECODE_TOKENS * DECODE_ROUNDS))
 
 
 def _read_ids(path: Path, tokenizer: Any, seq_len: int, max_tokens: int | None) -> tuple[Tensor, str]:

@@ -25,6 +25,8 @@ from qquant.shards import DTYPES, CheckpointReader
 
 _log = logging.getLogger("qquant")
 
+_CHECKED = 1 << 22  # values looked at together: a check of a whole matrix would need as much memory again
+
 # Buffers that old checkpoints stored and every model computes for itself.
 _COMPUTED_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
@@ -221,7 +223,7 @@ class StreamedModel:
     def _read(self, name: str, like: Tensor) -> Tensor:
         tensor = self.reader.read(name)
         if tensor.is_floating_point():
-            if not bool(torch.isfinite(tensor).all()):
+            if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(_CHECKED)):
                 raise BadModelError(f"weights must be finite, {name} in {self.folder} holds NaN or Inf")
             tensor = tensor.to(like.dtype)
         return tensor.to(self.device)

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from qquant.calibrate import samples_from_ids
 from qquant.cli import app
@@ -221,7 +220,7 @@ def test_a_mixture_of_experts(place: Path, family: str) -> None:
 
 
 def test_too_little_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - the shape of shutil's own answer
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
     check(place, FIT, "free", lambda: run(place))
 
@@ -292,7 +291,7 @@ def test_a_model_without_a_tokenizer(place: Path) -> None:
 
 def test_a_config_that_is_no_json(place: Path) -> None:
     (place / "m" / "config.json").write_text("{")
-    check(place, MODEL, "cannot be built", lambda: run(place))
+    check(place, MODEL, "config.json", lambda: run(place))
 
 
 def test_debug_shows_where_it_happened(place: Path) -> None:
@@ -322,7 +321,7 @@ def test_an_interruption_leaves_nothing(place: Path) -> None:
 def test_ctrl_c_ends_with_130_and_leaves_nothing(place: Path) -> None:
     """A real process and a real signal, sent while it writes."""
     shutil.rmtree(place / "m")
-    make_checkpoint(place / "m", "qwen2", num_hidden_layers=64)
+    make_checkpoint(place / "m", "qwen2", num_hidden_layers=24)
     words = ["--model", str(place / "m"), "--out", str(place / "out"), "--method", "rtn", "--group-size", "32"]
     process = subprocess.Popen(
         [sys.executable, "-m", "qquant.gptq", *words, "--device", "cpu"], stderr=subprocess.PIPE, text=True

@@ -206,9 +206,9 @@ def test_nothing_local_and_no_calibration_text_is_inside(tiny_qwen2: Path, tmp_p
     drawn = load_samples(data, load_tokenizer(source), n_samples=4, seq_len=32)
     out = tmp_path / "private-place" / "out"
     quantize_checkpoint(source, drawn, QuantizeConfig(group_size=GROUP), out)
-    for name, content in tree(out).items():
+    for name, written_bytes in tree(out).items():
         for secret in (str(tmp_path), "private-place", "secrets", "heron", CANARY, "auto_map", "name_or_path"):
-            assert secret.encode() not in content, name
+            assert secret.encode() not in written_bytes, name
 
 
 def test_code_and_foreign_files_of_the_source_stay_behind(tiny_qwen2: Path, tmp_path: Path) -> None:

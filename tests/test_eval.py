@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from qquant.errors import BadDataError, BadModelError, UsageError
 from qquant.eval import evaluate_checkpoints, evaluate_command

@@ -124,8 +124,8 @@ def test_files_of_autogptqs_time_load(tiny_llama: Path, tmp_path: Path) -> None:
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     keys = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "static_groups": False, "sym": True}
-    keys |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model"}
-    (folder / "quantize_config.json").write_text(json.dumps(keys))
+    others = {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model"}
+    (folder / "quantize_config.json").write_text(json.dumps(keys | others))
     (folder / SINGLE_NAME).rename(folder / "gptq_model-4bit-128g.safetensors")
     assert_same_model(qquant.load_quantized(folder), expected)
 
@@ -372,7 +372,7 @@ def test_zeros_of_one_layer_decide_only_where_it_is_symmetric(tiny_qwen2: Path, 
 def test_a_sharded_packed_checkpoint_loads(packed: Path) -> None:
     expected = logits_of(qquant.load_quantized(packed))
     tensors = load_file(packed / SINGLE_NAME)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names}, packed / file, metadata={"format": "pt"})

@@ -143,7 +143,9 @@ def test_errors_need_nothing() -> None:
     assert outside_packages("errors") == set()
 
 
-@pytest.mark.parametrize("name", sorted((FLOORS[6] | FLOORS[5] | FLOORS[4] | FLOORS[3] | FLOORS[2]) & ROOMS.keys() - DRAWS))
+@pytest.mark.parametrize(
+    "name", sorted((FLOORS[6] | FLOORS[5] | FLOORS[4] | FLOORS[3] | FLOORS[2]) & ROOMS.keys() - DRAWS)
+)
 def test_only_doors_print_and_parse_arguments(name: str) -> None:
     assert not outside_packages(name) & {"typer", "click", "argparse", "rich"}
     calls = [node.func for node in ast.walk(parse(ROOMS[name])) if isinstance(node, ast.Call)]

@@ -145,7 +145,7 @@ def test_markdown_is_a_function_of_the_json_alone(tmp_path: Path) -> None:
 
 def test_every_measured_number_of_the_markdown_is_a_rounded_field() -> None:
     report = make_report()
-    fields = set()
+    fields: set[str] = set()
 
     def collect(value: Any) -> None:
         if isinstance(value, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,16 +16,7 @@ from torch import Tensor
 
 from qquant import shards
 from qquant.errors import BadModelError, DoesNotFitError, QquantError
-from qquant.shards import (
-    DTYPE_NAMES,
-    DTYPES,
-    INDEX_NAME,
-    SINGLE_NAME,
-    CheckpointReader,
-    ShardWriter,
-    TensorSpec,
-    weight_files,
-)
+from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, ShardWriter, TensorSpec
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
@@ -88,7 +78,7 @@ def test_library_returns_what_the_writer_wrote(tmp_path: Path, limit: int) -> No
     tensors = every_kind()
     write(tmp_path, tensors, limit)
     found: dict[str, Tensor] = {}
-    for file in weight_files(tmp_path):
+    for file in shards.weight_files(tmp_path):
         found |= load_file(file)
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -141,7 +131,7 @@ def test_shards_follow_the_plan_and_their_limit(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_the_limit_gets_a_file_of_its_own(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(1), "large": torch.zeros(100), "b": torch.zeros(1)}, limit=100)
-    assert len(weight_files(tmp_path)) == 3
+    assert len(shards.weight_files(tmp_path)) == 3
 
 
 def test_tensors_lie_aligned_to_their_element_size(tmp_path: Path) -> None:
@@ -280,11 +270,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.reshape(-1).tolist() == pytest.approx(b.reshape(-1).tolist(), abs=0, nan_ok=True)
-    )
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.numpy().tobytes() == b.numpy().tobytes()
 
 
 def sharded(folder: Path) -> Path:
@@ -408,9 +394,3 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
         reader.read("a")
     with pytest.raises(BadModelError, match="ended early"):
         list(reader.chunks("a"))
-
-
-def test_specs_know_their_size_on_disk() -> None:
-    for name, dtype in DTYPES.items():
-        for shape in SHAPES.values():
-            assert TensorSpec(name, shape).nbytes == math.prod(shape) * dtype.itemsize
