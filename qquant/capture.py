@@ -112,8 +112,17 @@ def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device
         for sample in samples:
             ids, mask = sample.input_ids.to(device)[None], sample.mask
             whole = bool(mask.all())
-            with suppress(_Stop):
+            try:
                 model(input_ids=ids, attention_mask=None if whole else mask.long().to(device)[None], use_cache=False)
+            except _Stop:
+                pass
+            except (IndexError, TypeError, AttributeError, ValueError) as error:
+                if layout.units is not None:
+                    raise
+                raise BadModelError(
+                    f"blocks known only by their structure must pass one hidden-states tensor on; "
+                    f"{type(model).__name__} does not work that way ({type(error).__name__}: {error})"
+                ) from error
             hidden = recorders[0].hidden
             if hidden is None:
                 raise BadModelError(f"the model never called the first of its blocks, {layout.blocks}.0")

@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from qquant.hf_plugin import METHOD, GptqFileConfig, GptqLoader, check_keys, swa
 from qquant.linear import Kernel
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period
+from qquant.publish import Kind
 from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.solver import group_columns
 from qquant.sources import LoadedModel, StreamedModel, read_config, resolve_folder
@@ -159,73 +159,16 @@ def quantization_keys(config: QuantizeConfig, quantized: list[str], skipped: lis
     return keys
 
 
-@contextmanager
-def published(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A staging folder beside ``out`` that becomes ``out`` in one rename when the block ends without an error.
-
-    Raises:
-        UsageError: ``out`` exists and ``overwrite`` is False, or is not a folder of ours to replace.
-    """
-    refuse_existing(out, overwrite=overwrite)
-    out = out.absolute()
-    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir()
-        yield staging
-        _sync_folder(staging)
-        if out.exists():
-            refuse_existing(out, overwrite=overwrite)
-            _exchange(staging, out)
-        else:
-            staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # someone else's file is in it by now
-                folder.rmdir()
-        raise
-
-
-def _exchange(staging: Path, out: Path) -> None:
-    """Put ``staging`` in the place of ``out``; the old folder comes back if that fails."""
-    retired = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    out.rename(retired)
-    try:
-        staging.rename(out)
-    except BaseException:
-        retired.rename(out)
-        raise
-    shutil.rmtree(retired)
-
-
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Only a quantized model's folder (or an empty one) is ever replaced, and only if asked for.
-
-    An original is never replaced: it may be the only copy, or the very source of the run.
-
-    Raises:
-        UsageError: ``out`` cannot become a new folder.
-    """
-    if not out.exists() and not out.is_symlink():
-        nearest = next(folder for folder in out.absolute().parents if folder.exists() or folder.is_symlink())
-        if not nearest.is_dir():
-            raise UsageError(f"the output must be a folder that can be made, and {nearest} on its way is a file")
-        return
-    if not overwrite:
-        raise UsageError(f"the output must not exist yet, {out} does; choose another or pass --overwrite")
-    if out.is_symlink() or not out.is_dir() or not _replaceable(out):
-        raise UsageError(f"--overwrite replaces a quantized model's folder, {out} is not one; choose another output")
-
-
-def _replaceable(folder: Path) -> bool:
-    content = list(folder.iterdir())
+def _is_quantized(folder: Path) -> bool:
+    """An original is never replaced: it may be the only copy, or the very source of the run."""
     with suppress(BadModelError, OSError):
-        if content and not any(path.is_dir() for path in content):
+        if not any(path.is_dir() for path in folder.iterdir()):
             return "quantization_config" in read_json(folder / "config.json")
-    return not content
+    return False
+
+
+QUANTIZED_FOLDER = Kind("a quantized model's folder", _is_quantized)
+"""What ``published`` makes here, and may replace."""
 
 
 def write_side_files(source: Path, target: Path, keys: Mapping[str, Any]) -> None:
@@ -389,12 +332,3 @@ def _without_local_keys(content: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in content.items()
         if key not in _DROPPED_KEYS
     }
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

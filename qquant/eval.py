@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -172,9 +170,12 @@ def evaluate_command(
     """Compare quantized models with their original. The report's path goes to stdout, all else to stderr."""
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-        _refuse_existing(out, overwrite=overwrite)
         from qquant.progress import quiet_transformers
+        from qquant.publish import Kind, published, refuse_existing
         from qquant.report import shown_command, write_report
+
+        kind = Kind("a report folder", lambda folder: (folder / "report.json").exists())
+        refuse_existing(out, kind, overwrite=overwrite)
 
         quiet_transformers()
         typed = ["python", "-m", "qquant.eval"] if sys.argv[0].endswith("eval.py") else [Path(sys.argv[0]).name]
@@ -194,7 +195,7 @@ def evaluate_command(
                 command=shown_command([*typed, *sys.argv[1:]]),
                 on_progress=on_progress,
             )
-        with _published(out, overwrite=overwrite) as staging:
+        with published(out, kind, overwrite=overwrite) as staging:
             write_report(report, staging)
         typer.echo(out / "report.md")
 
@@ -209,33 +210,6 @@ def _shown_progress() -> Iterator[OnProgress]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading")
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
-
-
-def _refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Only a report folder (or an empty one) is ever replaced, and only if asked for."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise UsageError(f"the output must not exist yet, {out} does; choose another or pass --overwrite")
-    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / "report.json").exists()):
-        raise UsageError(f"--overwrite replaces a report folder, {out} is not one; choose another output")
-
-
-@contextmanager
-def _published(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A staging folder beside ``out`` that becomes ``out`` when the block ends without an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging, retired = (out.parent / f".{out.name}.{word}-{os.getpid()}" for word in ("partial", "replaced"))
-    staging.mkdir()
-    try:
-        yield staging
-        _refuse_existing(out, overwrite=overwrite)
-        if out.exists():
-            out.rename(retired)
-        staging.rename(out)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _labelled(folders: Sequence[Path]) -> dict[str, Path]:

@@ -66,9 +66,9 @@ def quantize_checkpoint(
     from qquant.calibrate import check_samples, fingerprint
     from qquant.capture import capture, head
     from qquant.checkpoint import (
+        QUANTIZED_FOLDER,
         check_logits,
         plan_tensors,
-        published,
         quantization_keys,
         reopen,
         write_manifest,
@@ -76,6 +76,7 @@ def quantize_checkpoint(
     )
     from qquant.config import QuantizeLog
     from qquant.linear import QuantLinear
+    from qquant.publish import published
     from qquant.shards import ShardWriter
     from qquant.sources import StreamedModel, resolve_folder
     from qquant.walk import Walk
@@ -87,7 +88,7 @@ def quantize_checkpoint(
     check_samples(chosen, vocabulary)
     data: dict[str, Any] = {"sha256": fingerprint(samples), "samples": len(samples)} if samples else {}
     plan, quantized, skipped = plan_tensors(source, config)
-    with published(target, overwrite=overwrite) as staging:
+    with published(target, QUANTIZED_FOLDER, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, plan, max_shard_bytes=max_shard_bytes)
         for name in plan:
             if name in source.reader.entries:
@@ -249,10 +250,11 @@ def quantize_command(
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         config = _config(options, skip or [], override or [])
-        from qquant.checkpoint import refuse_existing
+        from qquant.checkpoint import QUANTIZED_FOLDER
+        from qquant.publish import refuse_existing
         from qquant.sources import pick_device, pick_dtype, resolve_folder
 
-        refuse_existing(out, overwrite=overwrite)
+        refuse_existing(out, QUANTIZED_FOLDER, overwrite=overwrite)
         folder = resolve_folder(model)
         samples = _read_samples(folder, data, config, n_samples, seq_len, seed, packing)
         if dry_run:

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qquant
 from qquant.calibrate import Sample, load_samples, samples_from_ids
-from qquant.checkpoint import check_logits, published, refuse_existing, sha256
+from qquant.checkpoint import QUANTIZED_FOLDER, check_logits, sha256
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, UsageError
 from qquant.gptq import quantize_checkpoint, quantize_model
+from qquant.publish import published, refuse_existing
 from qquant.shards import INDEX_NAME, SINGLE_NAME, CheckpointReader, weight_files
 from qquant.sources import load_tokenizer
 from tests.conftest import CHAT_TEMPLATE, Factory
@@ -264,7 +265,7 @@ def test_logits_that_differ_are_refused() -> None:
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "er" / "out"
-    with published(out, overwrite=False) as staging:
+    with published(out, QUANTIZED_FOLDER, overwrite=False) as staging:
         (staging / "config.json").write_text("{}")
         assert staging.parent == out.parent
         assert not out.exists()
@@ -274,7 +275,7 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), OSError("disk full")], ids=repr)
 def test_nothing_stays_behind_when_the_work_fails(tmp_path: Path, error: BaseException) -> None:
     def fail() -> None:
-        with published(tmp_path / "deep" / "er" / "out", overwrite=False) as staging:
+        with published(tmp_path / "deep" / "er" / "out", QUANTIZED_FOLDER, overwrite=False) as staging:
             (staging / "config.json").write_text("{}")
             raise error
 
@@ -291,7 +292,7 @@ def old_model(folder: Path) -> Path:
 
 def test_an_existing_model_is_replaced_in_one_step_if_asked_for(tmp_path: Path) -> None:
     out = old_model(tmp_path / "out")
-    with published(out, overwrite=True) as staging:
+    with published(out, QUANTIZED_FOLDER, overwrite=True) as staging:
         (staging / "new").write_text("x")
         assert (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -308,7 +309,7 @@ def test_the_old_model_is_back_if_the_exchange_fails(tmp_path: Path, monkeypatch
         return plain(path, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no luck"), published(out, overwrite=True):
+    with pytest.raises(OSError, match="no luck"), published(out, QUANTIZED_FOLDER, overwrite=True):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "config.json").exists()
@@ -324,13 +325,13 @@ def test_only_quantized_models_and_empty_folders_are_ever_replaced(tmp_path: Pat
     shutil.copy(tmp_path / "old" / "config.json", tmp_path / "with-folder")
     for name in ("notes", "file", "link", "with-folder"):
         with pytest.raises(UsageError, match="is not one"):
-            refuse_existing(tmp_path / name, overwrite=True)
+            refuse_existing(tmp_path / name, QUANTIZED_FOLDER, overwrite=True)
     with pytest.raises(UsageError, match="is not one"):  # an original may be the only copy, or the source of this run
-        refuse_existing(tiny_qwen2, overwrite=True)
+        refuse_existing(tiny_qwen2, QUANTIZED_FOLDER, overwrite=True)
     (tmp_path / "empty").mkdir()
-    refuse_existing(tmp_path / "empty", overwrite=True)
-    refuse_existing(tmp_path / "old", overwrite=True)
+    refuse_existing(tmp_path / "empty", QUANTIZED_FOLDER, overwrite=True)
+    refuse_existing(tmp_path / "old", QUANTIZED_FOLDER, overwrite=True)
     with pytest.raises(UsageError, match="--overwrite"):
-        refuse_existing(tmp_path / "empty", overwrite=False)
+        refuse_existing(tmp_path / "empty", QUANTIZED_FOLDER, overwrite=False)
     with pytest.raises(UsageError, match="is a file"):
-        refuse_existing(tmp_path / "file" / "sub" / "out", overwrite=False)
+        refuse_existing(tmp_path / "file" / "sub" / "out", QUANTIZED_FOLDER, overwrite=False)

@@ -27,7 +27,7 @@ FLOORS = {
     4: {"sources", "capture"},
     3: {"models.layouts"},
     2: {"solver", "linear", "kv_cache_quant", "accuracy", "calibrate", "progress"},
-    1: {"affine", "packing", "config", "measure", "report", "shards", "text_sources", "console", "_native"},
+    1: {"affine", "packing", "config", "measure", "report", "shards", "text_sources", "publish", "console", "_native"},
     0: {"errors"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

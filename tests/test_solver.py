@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qquant import _native
-from qquant.config import QuantizeConfig
+from qquant.config import Bits, QuantizeConfig
 from qquant.errors import NumericError, UsageError
 from qquant.solver import Hessian, Solution, factor_rows, inverse_factor, relative_error, solve
 from tests.reference import gptq_one_column_at_a_time
@@ -107,7 +107,7 @@ def test_float32_objective_is_as_good_as_the_float64_one(seed: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-def test_gptq_leaves_less_error_than_rounding(bits: int, sym: bool) -> None:
+def test_gptq_leaves_less_error_than_rounding(bits: Bits, sym: bool) -> None:
     weight, hessian = make_layer(rows=32, columns=128)
     gptq = solve(weight, hessian, QuantizeConfig(bits=bits, group_size=32, sym=sym))
     nearest = solve(weight, None, QuantizeConfig(method="rtn", bits=bits, group_size=32, sym=sym))

@@ -35,7 +35,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def inputs_of(model: nn.Module, name: str, samples: list[Sample]) -> Tensor:
+def inputs_of(model: Any, name: str, samples: list[Sample]) -> Tensor:
     """What reaches one linear over all samples in the whole model as it is now: [tokens, in]."""
     seen: list[Tensor] = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
@@ -46,7 +46,7 @@ def inputs_of(model: nn.Module, name: str, samples: list[Sample]) -> Tensor:
     return torch.cat(seen)
 
 
-def slow_walk(model: nn.Module, samples: list[Sample], config: QuantizeConfig) -> dict[str, Tensor]:
+def slow_walk(model: Any, samples: list[Sample], config: QuantizeConfig) -> dict[str, Tensor]:
     """The definition: linear by linear, each Hessian from a full forward of the model as quantized so far."""
     codes = {}
     stages = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -64,7 +64,7 @@ def slow_walk(model: nn.Module, samples: list[Sample], config: QuantizeConfig) -
     return codes
 
 
-def walk_codes(model: nn.Module, samples: list[Sample], config: QuantizeConfig) -> tuple[dict[str, Tensor], Walk]:
+def walk_codes(model: Any, samples: list[Sample], config: QuantizeConfig) -> tuple[dict[str, Tensor], Walk]:
     codes: dict[str, Tensor] = {}
     source = LoadedModel(model)
     walk = Walk(source, config, lambda name, layer, solution, settings: codes.__setitem__(name, solution.codes))
