@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -137,6 +138,8 @@ def measure(job: Job, args: argparse.Namespace, work: Path) -> list[Result]:
             if side in results and results[side].whole_cpu_seconds <= child.cpu_seconds:
                 continue
             found = json.loads(stages.read_text(encoding="utf-8")) if stages.exists() else {}
+            if call := re.search(r"([\d.]+) CPU s ", child.output):  # our command's own summary
+                found["quantize_checkpoint"] = float(call[1])
             results[side] = Result(
                 job=job.name,
                 side=side,

@@ -263,7 +263,7 @@ def quantize_command(
         from qquant.progress import module_progress, quiet_transformers
 
         quiet_transformers()
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         with module_progress() as on_module:
             log = quantize_checkpoint(
                 folder,
@@ -276,7 +276,7 @@ def quantize_command(
                 overwrite=overwrite,
                 on_module=on_module,
             )
-        _summarize(log, out, time.perf_counter() - began)
+        _summarize(log, out, time.perf_counter() - began, time.process_time() - cpu_began)
         typer.echo(out)
 
 
@@ -338,12 +338,12 @@ def _show_plan(folder: Path, samples: list[Sample] | None, config: QuantizeConfi
     typer.echo(f"weights   {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.3f})")
 
 
-def _summarize(log: QuantizeLog, out: Path, seconds: float) -> None:
+def _summarize(log: QuantizeLog, out: Path, seconds: float, cpu_seconds: float) -> None:
     """A few lines on stderr: time, the worst module, whatever was not as planned."""
     worst = max(log.modules, key=lambda record: record.relative_error)
     solving = sum(record.seconds for record in log.modules)
     lines = [
-        f"{len(log.modules)} linears in {seconds:.1f} s ({solving:.1f} s of it solving)",
+        f"{len(log.modules)} linears in {seconds:.1f} s, {cpu_seconds:.1f} CPU s ({solving:.1f} s of it solving)",
         f"worst relative error {worst.relative_error:.2e} in {worst.name}",
     ]
     escalated = [record.name for record in log.modules if record.damp_escalations]

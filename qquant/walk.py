@@ -124,14 +124,15 @@ class Walk:
             return None
         kept: list[Tensor] | None = [] if keep else None
         linear = _linear(block, stage[0])
-        hessian = Hessian(linear.in_features, device=linear.weight.device)
+        hessian, size = Hessian(linear.in_features, device=linear.weight.device), 0
         for i in range(len(stream.hidden)):
             inputs = input_of(linear, partial(run, i))
             hessian.add(stream.counted(i, inputs))
-            if kept is not None:
+            size += inputs.nbytes
+            if kept is not None and size <= _KEPT_TAIL_BYTES:
                 kept.append(inputs)
-                if sum(tensor.nbytes for tensor in kept) > _KEPT_TAIL_BYTES:
-                    kept = None
+            else:
+                kept = None
         self._solve(block, prefix, stage, hessian)
         return kept
 
