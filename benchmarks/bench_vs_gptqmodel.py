@@ -201,6 +201,9 @@ def main() -> int:
     if args.json:
         args.json = args.json.resolve()
 
+    if "gptqmodel" in args.sides and not Path(args.peer_python).exists():
+        print("gptqmodel's side is left out: its environment is missing; make interop makes it", file=sys.stderr)
+        args.sides.remove("gptqmodel")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         results = [result for job in jobs(args, work) for result in measure(job, args, work)]

@@ -54,7 +54,7 @@ class Sample:
     input_ids: Tensor
     """[T] int64."""
     mask: Tensor
-    """[T] bool; False: the token is seen by the model but not counted in the Hessian."""
+    """[T] bool; False: the token is masked for the model's attention and not counted in the Hessian."""
 
 
 def load_samples(

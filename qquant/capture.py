@@ -116,7 +116,7 @@ def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device
                 model(input_ids=ids, attention_mask=None if whole else mask.long().to(device)[None], use_cache=False)
             except _Stop:
                 pass
-            except (IndexError, TypeError, AttributeError, ValueError) as error:
+            except (IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
                 if layout.units is not None:
                     raise
                 raise BadModelError(

@@ -52,7 +52,7 @@ class QuantizeConfig(Strict):
     """Fit every group's grid before the first column is rounded. With desc_act: act-order that needs no g_idx."""
     act_group_aware: bool | None = None
     """Visit whole groups by their largest Hessian diagonal, and columns by diagonal inside each; needs no g_idx.
-    None: on, unless desc_act is on or a group is a whole row."""
+    None: on for gptq, unless desc_act or static_groups is on or a group is a whole row."""
     true_sequential: bool = True
     """Inside a block, quantize each set of linears on inputs that already passed the quantized sets before it."""
     clip_search: ClipSearch = "weight"
@@ -135,7 +135,8 @@ class ModuleRecord(Strict):
     shape: tuple[int, int]
     """[out, in]."""
     relative_error: float
-    """trace(D H D^T) / trace(W H W^T), D = quantized - original: share of the output's energy that is error."""
+    """trace(D H D^T) / trace(W H W^T), D = quantized - original: share of the output's energy that is error,
+    over about 64 evenly spaced rows. Without data (rtn) H is the identity."""
     damp_percent: float
     """The damping that was used in the end."""
     damp_escalations: int
@@ -152,7 +153,6 @@ class QuantizeLog(Strict):
     modules: tuple[ModuleRecord, ...]
     skipped: tuple[str, ...] = ()
     """Linear layers left alone by a rule."""
-    warnings: tuple[str, ...] = ()
 
 
 def _one_line(error: ValueError) -> str:

@@ -41,6 +41,11 @@ def user_errors(*, debug: bool = False) -> Iterator[None]:
         _end(error, DiskError.exit_code, debug=debug)
     except MemoryError as error:
         _end(f"out of memory {error}", DoesNotFitError.exit_code, debug=debug)
+    except RuntimeError as error:
+        # torch's own out-of-memory error, by name: torch is not imported for a door's --help.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _end(f"out of memory: {error}", DoesNotFitError.exit_code, debug=debug)
 
 
 def _end(message: object, code: int, *, debug: bool) -> None:

@@ -82,6 +82,7 @@ def evaluate_checkpoints(
     import torch
 
     from qquant.accuracy import windows
+    from qquant.calibrate import check_tokenizer
     from qquant.report import Data
     from qquant.sources import load_tokenizer, pick_device, resolve_folder
 
@@ -95,7 +96,10 @@ def evaluate_checkpoints(
     folders = _labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
     first = next(iter(folders))
     compute, prompt_len = _compute_dtype(folders[first], dtype, where), _prompt_length(folders.values(), seq_len)
-    ids, digest = _read_ids(Path(data), load_tokenizer(folders[first]), seq_len, max_tokens)
+    tokenizer = load_tokenizer(folders[first])
+    if warning := check_tokenizer(tokenizer, folders[first]):
+        logging.getLogger("qquant").warning("%s", warning)
+    ids, digest = _read_ids(Path(data), tokenizer, seq_len, max_tokens)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)

@@ -86,7 +86,9 @@ def quantize_checkpoint(
     vocabulary = int(source.config.get_text_config().vocab_size)
     chosen = _samples_or_probe(samples, config, vocabulary)
     check_samples(chosen, vocabulary)
-    data: dict[str, Any] = {"sha256": fingerprint(samples), "samples": len(samples)} if samples else {}
+    data: dict[str, Any] = (
+        {"sha256": fingerprint(samples), "samples": len(samples)} if samples and config.method == "gptq" else {}
+    )
     plan, quantized, skipped = plan_tensors(source, config)
     with published(target, QUANTIZED_FOLDER, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, plan, max_shard_bytes=max_shard_bytes)
@@ -113,7 +115,8 @@ def quantize_checkpoint(
         del stream
         check_logits(_logits_of(reopen(staging, dtype=source.dtype, device=device), chosen[0], device), walked)
         log = QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
-        write_manifest(staging, source=folder, config=config, data=data, log=log)
+        compute_dtype = str(source.dtype).removeprefix("torch.")
+        write_manifest(staging, source=folder, config=config, data=data, log=log, compute_dtype=compute_dtype)
     return log
 
 
@@ -217,7 +220,7 @@ def quantize_command(
     desc_act: Annotated[bool, typer.Option("--desc-act", help="Act-order; readers then need g_idx.")] = False,
     static_groups: Annotated[bool, typer.Option("--static-groups", help="Fit grids first; no g_idx.")] = False,
     group_aware: Annotated[
-        bool | None, typer.Option("--group-aware/--left-to-right", help="Order of groups; on unless desc-act is.")
+        bool | None, typer.Option("--group-aware/--left-to-right", help="Order of groups; on unless another order is.")
     ] = None,
     clip_search: Annotated[str, typer.Option(help="off, weight or hessian.")] = "weight",
     damp_percent: Annotated[float, typer.Option(help="Damping, share of the mean diagonal.")] = 0.01,
@@ -229,7 +232,7 @@ def quantize_command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    max_shard_size: Annotated[float, typer.Option(help="GB per output shard.")] = 4.0,
+    max_shard_size: Annotated[float, typer.Option(min=0.001, max=1e6, help="GB per output shard.")] = 4.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show samples, plan and sizes, then stop.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -300,7 +303,7 @@ def _config(options: dict[str, Any], skips: list[str], overrides: list[str]) -> 
             )
         except ValueError as error:
             raise UsageError(
-                f"override {text!r}: {str(error).splitlines()[0]}; known: bits, group_size, sym"
+                f"override {text!r}: {str(error).splitlines()[0]}; known: {', '.join(ModuleOverride.model_fields)}"
             ) from error
     return QuantizeConfig.from_dict({**options, "dynamic": rules})
 

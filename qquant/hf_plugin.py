@@ -26,7 +26,8 @@ from qquant.config import ModuleOverride, QuantizeConfig
 from qquant.errors import BadModelError, UsageError
 from qquant.linear import Kernel, QuantLinear
 from qquant.packing import packable, unpack_zeros
-from qquant.shards import DTYPE_NAMES, DTYPES, CheckpointReader, TensorSpec
+from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
+from qquant.sources import computed_by_model
 
 _log = logging.getLogger("qquant")
 
@@ -107,6 +108,16 @@ class GptqLoader(HfQuantizer):
             layer = model.get_submodule(path)
             setattr(layer, leaf, tensor.to(layer.qweight.device))
         check_values(model)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The one hook that sees the config before files are looked up: names AutoGPTQ's file to transformers.
+
+        A folder of AutoGPTQ's time holds one ``gptq_model-4bit-128g.safetensors`` and no ``model.safetensors``.
+        """
+        folder = Path(str(getattr(config, "_name_or_path", "")))
+        if folder.is_dir() and not (folder / SINGLE_NAME).exists() and not (folder / INDEX_NAME).exists():
+            config.transformers_weights = weight_files(folder)[0].name
+        return config
 
     def is_serializable(self) -> bool:
         """Saving writes the packed tensors as they are."""
@@ -278,7 +289,7 @@ def _check_names(model: Any, reader: CheckpointReader, filled: Mapping[str, Tens
     missing = sorted(wanted.keys() - reader.entries.keys() - tied - filled.keys())
     if missing:
         raise BadModelError(f"tensor {missing[0]} is missing from {reader.folder} ({len(missing)} missing in all)")
-    extra = sorted(name for name in reader.entries.keys() - wanted.keys() if not name.endswith(".inv_freq"))
+    extra = sorted(name for name in reader.entries.keys() - wanted.keys() if not computed_by_model(name))
     if extra:
         raise BadModelError(f"{reader.folder} holds {extra[0]} ({len(extra)} such), which the model has no place for")
     for name, tensor in wanted.items():

@@ -64,6 +64,7 @@ def published(out: Path, kind: Kind, *, overwrite: bool) -> Iterator[Path]:
             _exchange(staging, out)
         else:
             staging.rename(out)
+        _sync(out.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
@@ -81,13 +82,17 @@ def _exchange(staging: Path, out: Path) -> None:
     except BaseException:
         retired.rename(out)
         raise
-    shutil.rmtree(retired)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -204,7 +204,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
     Args:
         hessian: [in, in], read, never written.
         order: [in] visiting order.
-        dead: [in] bool, columns without input; they get 1 on the diagonal and so influence nothing.
+        dead: [in] bool, columns without input; they get the mean of the others on the diagonal and influence nothing.
         damp_percent: share of the mean diagonal that is added to it.
 
     Returns:
@@ -214,7 +214,9 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
         NumericError: still not positive definite at the largest damping.
     """
     backwards = order.flip(0)
-    diagonal = torch.where(dead, torch.ones_like(dead, dtype=hessian.dtype), hessian.diagonal())
+    live = hessian.diagonal()[~dead]
+    mean = live.mean() if live.numel() else hessian.new_ones(())
+    diagonal = torch.where(dead, mean, hessian.diagonal())
     info = torch.empty((), dtype=torch.int32, device=hessian.device)
     for escalation in range(_ESCALATIONS + 1):
         damp = damp_percent * 10**escalation
@@ -222,7 +224,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
         for start in range(0, lower.shape[0], _PANEL):
             rows = hessian.index_select(0, backwards[start : start + _PANEL])
             torch.index_select(rows, 1, backwards, out=lower[start : start + _PANEL])
-        lower.diagonal().copy_((diagonal + damp * diagonal.mean())[backwards])
+        lower.diagonal().copy_((diagonal + damp * mean)[backwards])
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             _invert_lower(lower)

@@ -37,6 +37,11 @@ _BUILD_ERRORS = (
 )  # fmt: skip
 
 
+def computed_by_model(name: str) -> bool:
+    """Whether a stored tensor is one of the buffers that old checkpoints kept and every model computes for itself."""
+    return any(fnmatch.fnmatch(name, known) for known in _COMPUTED_BUFFERS)
+
+
 def resolve_folder(name: str) -> Path:
     """A local model folder, or the local copy of a hub model ``owner/name`` (fetched if the hub can be reached).
 
@@ -107,8 +112,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name} was asked for, but this torch sees no GPU; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name} was asked for, this torch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
     return device
 
 
@@ -271,7 +280,7 @@ class StreamedModel:
                 )
         self._check_tied()
         extra = sorted(stored.keys() - wanted.keys())
-        unknown = [name for name in extra if not any(fnmatch.fnmatch(name, known) for known in _COMPUTED_BUFFERS)]
+        unknown = [name for name in extra if not computed_by_model(name)]
         if unknown:
             raise BadModelError(
                 f"{self.folder} holds {unknown[0]} ({len(unknown)} such), which a {self.config.model_type} model "

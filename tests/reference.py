@@ -97,8 +97,9 @@ def gptq_one_column_at_a_time(
     h = hessian.double().clone()
     columns = h.shape[0]
     dead = h.diagonal() == 0
-    h[dead, dead] = 1.0
-    h += damp_percent * h.diagonal().mean() * torch.eye(columns).double()
+    mean = h.diagonal()[~dead].mean() if not bool(dead.all()) else torch.ones(()).double()
+    h[dead, dead] = mean
+    h += damp_percent * mean * torch.eye(columns).double()
     inverse = torch.linalg.inv(h)
     order = visiting_order(hessian.double().diagonal().tolist(), size, desc_act, group_aware)
     regrouped = desc_act and not static_groups

@@ -76,7 +76,7 @@ def test_the_keys_that_readers_need_are_in_both_files(written: Path) -> None:
         "lm_head": False,
     }
     assert needed.items() <= keys.items()
-    assert keys["meta"]["quantizer"] == [f"qquant:{qquant.__version__}"]
+    assert keys["meta"]["quantizer"] == [f"qquant:{qquant.__version__}", "gptqmodel:0.9.0"]
     assert not {"dynamic", "modules_in_block_to_quantize", "dataset"} & keys.keys()
 
 

@@ -83,6 +83,30 @@ def test_solver_equals_the_one_column_at_a_time_reference(options: dict[str, Any
     torch.testing.assert_close(solution.weight().double(), values, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_usual_group_sizes_equal_the_reference(group_size: int) -> None:
+    weight, hessian = make_layer(rows=2, columns=256)
+    options = {"bits": 4, "group_size": group_size, "clip_search": "weight"}
+    codes, _ = gptq_one_column_at_a_time(weight, hessian, **reference_options(options, 256))
+    assert torch.equal(solve(weight, hessian, config_of(options)).codes.long(), codes)
+
+
+def test_a_dead_column_does_not_change_the_damping_of_the_others() -> None:
+    _, hessian = make_layer()
+    small = hessian * 1e-6
+    small[7], small[:, 7] = 0, 0
+    inverse, damp, _ = inverse_factor(small, torch.arange(COLUMNS), small.diagonal() == 0, 0.01)
+    factor = factor_rows(inverse, 0, COLUMNS)
+    live = torch.arange(COLUMNS) != 7
+    damped = torch.linalg.inv(factor.T @ factor)[live][:, live] - small[live][:, live]
+    torch.testing.assert_close(
+        damped.diagonal(),
+        torch.full_like(damped.diagonal(), damp * float(small.diagonal()[live].mean())),
+        rtol=1e-4,
+        atol=0,
+    )
+
+
 @pytest.mark.parametrize("options", list(CASES.values()), ids=list(CASES))
 def test_result_does_not_depend_on_the_block_size(options: dict[str, Any]) -> None:
     weight, hessian = make_layer(rows=16, columns=384, seed=1)
