@@ -29,6 +29,7 @@ _CHECKED = 1 << 22  # values looked at together: a check of a whole matrix would
 
 # Buffers that old checkpoints stored and every model computes for itself.
 _COMPUTED_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias")
+_FETCHED = ["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja", "tokenizer.model*", "LICENSE*", "NOTICE*"]
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
 # What transformers and torch raise when a configuration or tokenizer file makes no sense.
 _BUILD_ERRORS = (
@@ -54,9 +55,7 @@ def resolve_folder(name: str) -> Path:
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise BadModelError(f"a model must be a folder or a hub id owner/name, and {name!r} is neither")
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja"])
-        )
+        return Path(snapshot_download(name, allow_patterns=_FETCHED))
     except (OSError, ValueError) as error:  # the hub client's errors derive from these two
         raise BadModelError(f"{name} is no local folder, and the hub did not give it: {_one_line(error)}") from error
 

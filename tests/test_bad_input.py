@@ -321,7 +321,7 @@ def test_an_interruption_leaves_nothing(place: Path) -> None:
 def test_ctrl_c_ends_with_130_and_leaves_nothing(place: Path) -> None:
     """A real process and a real signal, sent while it writes."""
     shutil.rmtree(place / "m")
-    make_checkpoint(place / "m", "qwen2", num_hidden_layers=24)
+    make_checkpoint(place / "m", "qwen2", num_hidden_layers=96)  # seconds of writing, so that the signal meets it
     words = ["--model", str(place / "m"), "--out", str(place / "out"), "--method", "rtn", "--group-size", "32"]
     process = subprocess.Popen(
         [sys.executable, "-m", "qquant.gptq", *words, "--device", "cpu"], stderr=subprocess.PIPE, text=True
