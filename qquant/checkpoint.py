@@ -251,8 +251,9 @@ def check_logits(written: Tensor, walked: Tensor) -> None:
     if torch.equal(written, walked):
         return
     difference = float((written.float() - walked.float()).norm() / walked.float().norm().clamp(min=1e-30))
-    # Sums of thousands of float32 products in another order differ by some 1e-5, whatever the dtype of the result.
-    if difference > max(4 * torch.finfo(written.dtype).eps, 1e-4):
+    # Sums of thousands of float32 products in another order differ by some 1e-5, whatever the dtype of the result, and
+    # may round to a neighbour in a part of the elements.
+    if difference > max(torch.finfo(written.dtype).eps / 2, 1e-4):
         raise NumericError(
             f"the written checkpoint must give the logits of the walk, they differ by {difference:g} of their norm; "
             "it was not published"

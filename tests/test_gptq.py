@@ -15,7 +15,8 @@ import qquant
 from qquant.calibrate import samples_from_ids
 from qquant.cli import app
 from qquant.config import ModuleRecord, QuantizeConfig
-from qquant.errors import UsageError
+from qquant.errors import NumericError, UsageError
+from qquant.shards import ShardWriter
 from tests.conftest import CORPUS, VOCAB, Factory
 
 
@@ -110,3 +111,21 @@ def test_clashing_orders_are_refused_by_name() -> None:
 def test_unknown_options_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="gruop_size"):
         QuantizeConfig.from_dict({"gruop_size": 32})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["scales", "qweight", "qzeros"])
+def test_a_layer_that_is_written_wrongly_is_never_published(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, dtype: torch.dtype
+) -> None:
+    plain = ShardWriter.write
+
+    def broken(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        plain(writer, name, tensor.flip(-1) if name == f"model.layers.1.mlp.up_proj.{part}" else tensor)
+
+    monkeypatch.setattr(ShardWriter, "write", broken)
+    samples = samples_from_ids(torch.randint(0, VOCAB, (2, 32), generator=torch.Generator().manual_seed(0)))
+    config = QuantizeConfig(group_size=32, sym=False)
+    with pytest.raises(NumericError, match="logits of the walk"):
+        qquant.quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "q", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
