@@ -29,7 +29,7 @@ _CHECKED = 1 << 22  # values looked at together: a check of a whole matrix would
 
 # Buffers that old checkpoints stored and every model computes for itself.
 _COMPUTED_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias")
-_FETCHED = ["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja", "tokenizer.model*", "LICENSE*", "NOTICE*"]
+_FETCHED = ["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja", "tokenizer.model", "LICENSE", "NOTICE"]
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
 # What transformers and torch raise when a configuration or tokenizer file makes no sense.
 _BUILD_ERRORS = (

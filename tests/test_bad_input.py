@@ -321,10 +321,14 @@ def test_an_interruption_leaves_nothing(place: Path) -> None:
 def test_ctrl_c_ends_with_130_and_leaves_nothing(place: Path) -> None:
     """A real process and a real signal, sent while it writes."""
     shutil.rmtree(place / "m")
-    make_checkpoint(place / "m", "qwen2", num_hidden_layers=96)  # seconds of writing, so that the signal meets it
+    make_checkpoint(place / "m", "qwen2", num_hidden_layers=48)  # seconds of writing, so that the signal meets it
     words = ["--model", str(place / "m"), "--out", str(place / "out"), "--method", "rtn", "--group-size", "32"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qquant.gptq", *words, "--device", "cpu"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "qquant.gptq", *words, "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, and Python would leave it so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while process.poll() is None and not list(place.glob(".out.partial-*")):
