@@ -264,8 +264,10 @@ def quantize_command(
             _show_plan(folder, samples, config)
             return
         from qquant.progress import module_progress, quiet_transformers
+        from qquant.walk import keep_heap_small
 
         quiet_transformers()
+        keep_heap_small()
         began, cpu_began = time.perf_counter(), time.process_time()
         with module_progress() as on_module:
             log = quantize_checkpoint(

@@ -26,6 +26,7 @@ from qquant.solver import Hessian, Solution, relative_error, solve
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
 # otherwise the unit is run again. Either way the numbers are the same.
 _KEPT_TAIL_BYTES = 256 * 2**20
+_M_MMAP_THRESHOLD = -3  # mallopt's number for it, from glibc's malloc.h
 
 
 Emit = Callable[[str, nn.Linear, Solution, QuantizeConfig], None]
@@ -247,6 +248,16 @@ def _check_finite(stream: Stream, prefix: str) -> None:
     for i, hidden in enumerate(stream.hidden):
         if not bool(torch.isfinite(hidden).all()):
             raise NumericError(f"activations must be finite, got NaN or Inf after {prefix} (calibration sample {i})")
+
+
+def keep_heap_small() -> None:
+    """Let every large tensor of this process have pages of its own, which go back to Linux when it is freed.
+
+    glibc raises the size from which it does so to 32 MB as a program runs; activations of a few MB then share the heap
+    with everything else, and its peak creeps up from block to block. For a process that does nothing but quantize.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _return_unused_memory() -> None:
