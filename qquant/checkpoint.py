@@ -29,7 +29,7 @@ from qquant.packing import packable, period
 from qquant.publish import Kind
 from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.solver import group_columns
-from qquant.sources import LoadedModel, StreamedModel, read_config, resolve_folder
+from qquant.sources import LoadedModel, StreamedModel, compute_dtype, read_config, resolve_folder
 
 _log = logging.getLogger("qquant")
 
@@ -203,7 +203,7 @@ def write_manifest(
     config: QuantizeConfig,
     data: Mapping[str, Any],
     log: QuantizeLog,
-    compute_dtype: str,
+    computed_in: str,
 ) -> None:
     """The quantization log and a manifest of everything: inputs, options, versions and the sha256 of every file.
 
@@ -217,7 +217,7 @@ def write_manifest(
             "schema_version": 1,
             "source": {"name": source.resolve().name, "files": {name: sha256(source / name) for name in names}},
             "config": config.model_dump(mode="json"),
-            "compute_dtype": compute_dtype,
+            "compute_dtype": computed_in,
             "data": dict(data),
             "versions": {"qquant": qquant.__version__}
             | {package: version(package) for package in ("torch", "transformers", "safetensors")},
@@ -316,7 +316,7 @@ def load_quantized(
     config.transformers_weights = INDEX_NAME if (folder / INDEX_NAME).exists() else files[0].name
     if dtype == "auto":
         declared = getattr(config, "dtype", None) or torch.float32
-        dtype = torch.float32 if declared == torch.float16 and device_map in (None, "cpu") else declared
+        dtype = compute_dtype(declared, torch.device("cpu")) if device_map in (None, "cpu") else declared
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **model_options
     )

@@ -231,11 +231,10 @@ def _compute_dtype(baseline: Path, name: str, device: torch.device) -> torch.dty
     """The one dtype that every model computes in."""
     import torch
 
-    from qquant.sources import pick_dtype, read_config
+    from qquant.sources import compute_dtype, pick_dtype, read_config
 
-    chosen: torch.dtype = pick_dtype(name) or getattr(read_config(baseline), "dtype", None) or torch.float32
-    # Unless asked for: float16 on a CPU is slow, and lacks kernels for some operations.
-    return torch.float32 if name == "auto" and chosen == torch.float16 and device.type == "cpu" else chosen
+    asked = pick_dtype(name)
+    return asked or compute_dtype(getattr(read_config(baseline), "dtype", None) or torch.float32, device)
 
 
 def _prompt_length(folders: Iterable[Path], seq_len: int) -> int:

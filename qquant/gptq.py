@@ -115,8 +115,8 @@ def quantize_checkpoint(
         del stream
         check_logits(_logits_of(reopen(staging, dtype=source.dtype, device=device), chosen[0], device), walked)
         log = QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
-        compute_dtype = str(source.dtype).removeprefix("torch.")
-        write_manifest(staging, source=folder, config=config, data=data, log=log, compute_dtype=compute_dtype)
+        computed_in = str(source.dtype).removeprefix("torch.")
+        write_manifest(staging, source=folder, config=config, data=data, log=log, computed_in=computed_in)
     return log
 
 

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qquant.config import ModuleOverride, QuantizeConfig
 from qquant.errors import BadModelError, UsageError
 from qquant.linear import Kernel, QuantLinear
-from qquant.packing import packable, unpack_zeros
+from qquant.packing import in_order, packable, unpack_zeros
 from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.sources import computed_by_model
 
@@ -279,7 +279,7 @@ def _left_out(name: str, layer: QuantLinear, reader: CheckpointReader, config: G
         return {}
     if config.for_module(name).desc_act:
         raise BadModelError(f"tensor {name}.g_idx is missing from {reader.folder}, and desc_act needs it")
-    return {f"{name}.g_idx": (torch.arange(layer.in_features, device="cpu") // layer.group_size).to(torch.int32)}
+    return {f"{name}.g_idx": in_order(layer.in_features, layer.group_size, "cpu")}
 
 
 def _check_names(model: Any, reader: CheckpointReader, filled: Mapping[str, Tensor]) -> None:

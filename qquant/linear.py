@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qquant.packing import dequantize, pack_codes, pack_zeros, unpack_codes, unpack_zeros
+from qquant.packing import dequantize, in_order, pack_codes, pack_zeros, unpack_codes, unpack_zeros
 
 Kernel = Literal["auto", "reference"]
 
@@ -198,8 +198,7 @@ class QuantLinear(nn.Module):
         )
 
     def _groups_are_in_order(self) -> bool:
-        in_order = torch.arange(self.in_features, dtype=torch.int32) // self.group_size
-        return torch.equal(self.g_idx.cpu().to(torch.int32), in_order)
+        return torch.equal(self.g_idx.cpu().to(torch.int32), in_order(self.in_features, self.group_size, "cpu"))
 
     def _int4pack_forward(self, x: Tensor) -> Tensor:
         if self._packed is None:

@@ -25,6 +25,11 @@ def packable(rows: int, columns: int, bits: int) -> bool:
     return rows % per == 0 and columns % per == 0
 
 
+def in_order(columns: int, size: int, device: torch.device | str) -> Tensor:
+    """The g_idx of groups of ``size`` neighbours in the original order; only act-order differs: [columns] int32."""
+    return torch.arange(columns, dtype=torch.int32, device=device) // size
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes along the rows (input features), lowest bits first.
 
@@ -150,7 +155,7 @@ def dequantize(
     zeros = unpack_zeros(qzeros, bits, scales.shape[1], version).to(torch.float32)
     scales = scales.to(torch.float32)
     rows, groups = codes.shape[0], scales.shape[0]
-    if rows % groups == 0 and torch.equal(g_idx.long(), torch.arange(rows, device=g_idx.device) // (rows // groups)):
+    if rows % groups == 0 and torch.equal(g_idx.to(torch.int32), in_order(rows, rows // groups, g_idx.device)):
         grouped: Tensor = codes.reshape(groups, rows // groups, -1).to(torch.float32)
         result: Tensor = grouped.sub_(zeros[:, None]).mul_(scales[:, None]).reshape(rows, -1)
         return result

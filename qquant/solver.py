@@ -14,6 +14,7 @@ from qquant import _native
 from qquant.affine import dequantize, quantize, search_qparams
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, UsageError
+from qquant.packing import in_order
 
 _PANEL = 256  # columns per panel of the Hessian update: only panels on and above the diagonal are computed
 _LEAF = 256  # side of the triangles that are inverted by substitution
@@ -96,7 +97,7 @@ class Solution:
         """The real values that the codes stand for: [out, in] float32, as every reader of the file computes them."""
         rows, columns = self.codes.shape
         count = self.scales.shape[1]
-        if torch.equal(self.g_idx, in_order(columns, count, self.g_idx.device)):
+        if torch.equal(self.g_idx, in_order(columns, columns // count, self.g_idx.device)):
             codes = self.codes.reshape(rows, count, -1).to(torch.float32)
             return codes.sub_(self.zeros[:, :, None]).mul_(self.scales[:, :, None]).reshape(rows, columns)
         groups = self.g_idx.long()
@@ -145,11 +146,6 @@ def solve(weight: Tensor, hessian: Tensor | None, config: QuantizeConfig, *, blo
     g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)
     g_idx[order] = group_of.to(torch.int32)
     return Solution(codes, scales, zeros, g_idx, damp_percent, escalations, int(dead.sum()))
-
-
-def in_order(columns: int, groups: int, device: torch.device | str) -> Tensor:
-    """The g_idx of groups that are neighbours in the original order: [columns] int32."""
-    return torch.arange(columns, dtype=torch.int32, device=device) // (columns // groups)
 
 
 def group_columns(columns: int, group_size: int) -> int:
@@ -345,7 +341,7 @@ def _round_to_nearest(weight: Tensor, config: QuantizeConfig, size: int) -> Solu
         codes=codes.to(torch.uint8).reshape(rows, columns),
         scales=scale.reshape(rows, -1),
         zeros=zero.reshape(rows, -1),
-        g_idx=in_order(columns, columns // size, weight.device),
+        g_idx=in_order(columns, size, weight.device),
         damp_percent=config.damp_percent,
         damp_escalations=0,
         dead_columns=0,

@@ -128,6 +128,11 @@ def pick_dtype(name: str) -> torch.dtype | None:
     return names[name]
 
 
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute in when nothing was asked for: float16 on a CPU is slow, and some operations lack it."""
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
 class LoadedModel:
     """A model whose weights are all in memory; blocks are already there and stay.
 
@@ -243,7 +248,7 @@ class StreamedModel:
         if not dtype.is_floating_point:
             declared = getattr(self.config, "dtype", None)
             dtype = declared if isinstance(declared, torch.dtype) else torch.float32
-        return torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
+        return compute_dtype(dtype, self.device)
 
     def _check_tied(self) -> None:
         """A tied tensor may be stored as well, if it is the same: transformers unties two that differ."""
