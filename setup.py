@@ -10,6 +10,7 @@ that needs torch headers or nvcc joins ``EXTENSIONS`` with a function of its own
 import os
 import sys
 from collections.abc import Callable
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -39,9 +40,32 @@ def plain_extension(name: str, source: str) -> Extension:
     return Extension(name, [source], include_dirs=[pybind11.get_include()], language="c++")
 
 
+# libtorch symbols newer than this release are left out, so that one binary serves it and every later torch.
+TORCH_TARGET = "0x020b000000000000"  # 2.11
+
+
+def torch_extension(name: str, sources: list[str]) -> Extension:
+    """A module that adds kernels to torch's operators through libtorch's stable ABI; one binary for Python 3.11 on."""
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise Unavailable("torch is not installed where this builds; pip install --no-build-isolation") from error
+    return Extension(
+        name,
+        sources,
+        include_dirs=["qquant/csrc", *include_paths()],
+        library_dirs=library_paths(),
+        libraries=["torch", "torch_cpu", "c10"],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030b0000")],
+        py_limited_api=True,
+        language="c++",
+    )
+
+
 EXTENSIONS: dict[str, Callable[[], Extension]] = {
     "qquant._host": lambda: plain_extension("qquant._host", "qquant/csrc/host.cpp"),  # what the processor can do
     "qquant._gram": lambda: plain_extension("qquant._gram", "qquant/csrc/gram.cpp"),  # Hessians of bfloat16 inputs
+    "qquant._C": lambda: torch_extension("qquant._C", ["qquant/csrc/ops.cpp", *glob("qquant/csrc/cpu/*.cpp")]),
 }
 
 

@@ -18,15 +18,25 @@ if TYPE_CHECKING:
     from qquant.gptq import quantize_checkpoint as quantize_checkpoint
     from qquant.gptq import quantize_model as quantize_model
     from qquant.hf_plugin import register as register
+    from qquant.kv_cache_quant import Int8KVCache as Int8KVCache
+    from qquant.kv_cache_quant import dequantize_cache_torch as dequantize_cache_torch
+    from qquant.kv_cache_quant import quantize_cache_v as quantize_cache_v
+    from qquant.kv_toggle import disable_kv_quant as disable_kv_quant
+    from qquant.kv_toggle import enable_kv_quant as enable_kv_quant
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Int8KVCache": "qquant.kv_cache_quant",
     "QquantError": "qquant.errors",
     "QuantizeConfig": "qquant.config",
     "Sample": "qquant.calibrate",
+    "dequantize_cache_torch": "qquant.kv_cache_quant",
+    "disable_kv_quant": "qquant.kv_toggle",
+    "enable_kv_quant": "qquant.kv_toggle",
     "load_quantized": "qquant.checkpoint",
     "load_samples": "qquant.calibrate",
+    "quantize_cache_v": "qquant.kv_cache_quant",
     "quantize_checkpoint": "qquant.gptq",
     "quantize_model": "qquant.gptq",
     "register": "qquant.hf_plugin",

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-MODULES = ("qquant._host", "qquant._gram")
+MODULES = ("qquant._host", "qquant._gram", "qquant._C", "qquant._C_cuda")
 """Every compiled module that setup.py may build."""
 
 REBUILD = "QQUANT_NATIVE=1 python -m pip install --no-build-isolation --no-deps -e ."
@@ -52,6 +52,12 @@ def gram() -> ModuleType | None:
     """The module of csrc/gram.cpp (X^T X of bfloat16 rows), or None where it is not built or cannot run."""
     module = _load("qquant._gram")[0]
     return module if module is not None and module.available() else None
+
+
+def load_torch_ops() -> None:
+    """Load the kernels of csrc/ that add themselves to torch's operators; those not built leave the references."""
+    for name in ("qquant._C", "qquant._C_cuda"):
+        _load(name)
 
 
 def status() -> list[NativeStatus]:

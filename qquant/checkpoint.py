@@ -23,6 +23,7 @@ import qquant
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.errors import BadModelError, NumericError, UsageError
 from qquant.hf_plugin import METHOD, GptqFileConfig, GptqLoader, check_keys, swap_linears
+from qquant.kv_toggle import enable_as_configured
 from qquant.linear import Kernel
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period
@@ -284,21 +285,34 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     return keys
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a model folder says anywhere that its weights are quantized."""
+    stored = read_json(folder / "config.json").get("quantization_config")
+    return stored is not None or (folder / "quantize_config.json").is_file()
+
+
 def load_quantized(
     path: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
     kernel: Kernel = "auto",
+    use_cache_quantization: bool | None = None,
+    use_cache_kernel: bool | None = None,
     **model_options: Any,
 ) -> PreTrainedModel:
     """Load a GPTQ checkpoint, ours or another tool's, as a transformers model with packed linears.
+
+    With the int8 cache switched on, a checkpoint that is not quantized is loaded too.
 
     Args:
         path: folder, or a hub id.
         dtype: compute dtype; "auto": the one config.json names, but float32 for float16 on a CPU.
         device_map: as in transformers' ``from_pretrained``; None: the CPU.
         kernel: "auto" or "reference", see ``QuantLinear``.
+        use_cache_quantization: whether ``generate`` keeps keys and values in 8 bits, see ``enable_kv_quant``; None:
+            as config.json says, else no.
+        use_cache_kernel: whether it runs the compiled kernels; None: as config.json says, else yes.
         **model_options: passed on to ``from_pretrained``.
 
     Returns:
@@ -309,8 +323,12 @@ def load_quantized(
     """
     folder = resolve_folder(str(path))
     config = read_config(folder)
-    keys = quantization_config(folder)
-    config.quantization_config = {**keys, "quant_method": METHOD, "kernel": kernel}
+    for flag, value in (("use_cache_quantization", use_cache_quantization), ("use_cache_kernel", use_cache_kernel)):
+        if value is not None:
+            setattr(config, flag, value)
+    plain = getattr(config, "use_cache_quantization", None) and not is_quantized(folder)
+    if not plain:
+        config.quantization_config = {**quantization_config(folder), "quant_method": METHOD, "kernel": kernel}
     # Named outright, so that transformers reads what was checked here, and AutoGPTQ's gptq_model-4bit-128g.safetensors.
     files = weight_files(folder)
     config.transformers_weights = INDEX_NAME if (folder / INDEX_NAME).exists() else files[0].name
@@ -320,6 +338,8 @@ def load_quantized(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **model_options
     )
+    if plain:  # otherwise the plug-in has done so
+        enable_as_configured(model)
     return model
 
 

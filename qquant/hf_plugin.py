@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qquant.config import ModuleOverride, QuantizeConfig
 from qquant.errors import BadModelError, UsageError
+from qquant.kv_toggle import enable_as_configured
 from qquant.linear import Kernel, QuantLinear
 from qquant.packing import in_order, packable, unpack_zeros
 from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
@@ -108,6 +109,7 @@ class GptqLoader(HfQuantizer):
             layer = model.get_submodule(path)
             setattr(layer, leaf, tensor.to(layer.qweight.device))
         check_values(model)
+        enable_as_configured(model)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one hook that sees the config before files are looked up: names AutoGPTQ's file to transformers.

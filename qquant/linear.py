@@ -111,7 +111,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.version, self.kernel = bits, size, version, kernel
         self._packed: tuple[Tensor, Tensor] | None = None
-        self.register_load_state_dict_post_hook(QuantLinear._forget_packed)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(QuantLinear.forget_packed)  # type: ignore[no-untyped-call]
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -160,12 +160,12 @@ class QuantLinear(nn.Module):
         """Move to a device; the scales keep their stored dtype, because a model cast to bfloat16 would round them."""
         stored = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._forget_packed()
+        self.forget_packed()
         if self.scales.dtype != stored.dtype:
             self.scales = stored.to(self.scales.device)
         return self
 
-    def _forget_packed(self, *_: object) -> None:
+    def forget_packed(self, *_: object) -> None:
         """Drop the copy that the int4 kernel reads; it is made anew from the buffers when it is next wanted."""
         self._packed = None
 

@@ -24,11 +24,11 @@ FLOORS = {
     7: {"cli", "__main__", "gptq", "eval", "doctor", "inspect"},
     6: {"checkpoint"},
     5: {"walk", "hf_plugin"},
-    4: {"sources", "capture"},
-    3: {"models.layouts"},
-    2: {"solver", "linear", "kv_cache_quant", "accuracy", "calibrate", "progress"},
-    1: {"affine", "packing", "config", "measure", "report", "shards", "text_sources", "publish", "console", "_native"},
-    0: {"errors"},
+    4: {"sources", "capture", "kv_toggle"},
+    3: {"kv_cache_quant", "models.key_fold"},
+    2: {"solver", "linear", "kv_store", "kv_attention", "accuracy", "calibrate", "progress", "models.layouts"},
+    1: {"affine", "packing", "config", "measure", "report", "shards", "text_sources", "publish", "console", "kv_ops"},
+    0: {"errors", "_native"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 SAME_FLOOR = {"cli": {"gptq", "eval", "doctor", "inspect"}, "__main__": {"cli"}}

@@ -89,6 +89,17 @@ def find_layout(model: nn.Module, model_type: str) -> Layout:
     return layout
 
 
+def find_attentions(model: nn.Module, model_type: str) -> list[str]:
+    """Full names of the attention modules whose q_proj and k_proj feed a half-rotation RoPE over the whole head.
+
+    Only families known to do so; for any other, an empty list.
+    """
+    layout = _KNOWN.get(model_type)
+    if layout is None:
+        return []
+    return [f"{layout.blocks}.{index}.self_attn" for index in range(len(block_list(model, layout)))]
+
+
 def block_list(model: nn.Module, layout: Layout) -> nn.ModuleList:
     """The ModuleList of decoder blocks."""
     blocks = model.get_submodule(layout.blocks)

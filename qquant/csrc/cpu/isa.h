@@ -1,0 +1,25 @@
+// The instruction sets that kernels here are written for, and which of them to run. No kernel lives here.
+
+#pragma once
+
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define QQ_X86 1
+// Kernels carry their instruction set themselves: the module is compiled for any processor of the architecture.
+#define QQ_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define QQ_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define QQ_INLINE inline __attribute__((always_inline))
+#else
+#define QQ_X86 0
+#endif
+
+namespace qquant {
+
+enum class Isa { portable, avx2, avx512_vnni };
+
+// The best one that this processor has and the environment variable QQUANT_CPU_ISA (portable, avx2 or avx512) allows.
+// Read once. Throws std::runtime_error on any other value.
+Isa isa();
+
+const char* name_of(Isa isa);
+
+}  // namespace qquant

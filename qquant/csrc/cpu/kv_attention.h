@@ -1,0 +1,115 @@
+// Attention of a few queries over Int8 keys and values: the contract between the driver (kv_attention.cpp) and the
+// arithmetic of one instruction set (kv_attention_*.cpp). Knows no torch.
+//
+// Both products run on integers. A vector of float32, a query or the weights of one chunk of tokens, is rounded to 16-bit
+// fixed point, x ~ step * X; the product of X with the stored codes is exact in int32; and the zeros are taken off with
+// the same X, so that what rounding costs is relative to keys and values, not to codes.
+
+#pragma once
+
+#include <cstdint>
+
+#include "half.h"
+
+namespace qquant {
+
+constexpr int kChunk = 256;        // tokens whose scores are taken at once: their keys and values fit the L2 cache
+constexpr int kSplitTokens = 1024;  // tokens of one task where there are few heads
+constexpr int kTileRows = 32;      // query rows of one KV head that share one pass over its keys and values
+constexpr int kLine = 64;          // bytes of a cache line, and of the widest vector
+
+// Largest |X|: hi = (X + 128) >> 8 then fits int8. And 255 * kLargest * kChunk stays below 2^31.
+constexpr int kLargest = 32639;
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Codes [B, H, T, D] uint8; strides in bytes, that of D is 1.
+struct Codes {
+  const std::uint8_t* data;
+  std::int64_t batch, head, token, size;
+};
+
+// Numbers [B, H, T] float16; strides in elements, that of T is 1.
+struct Numbers {
+  const std::uint16_t* data;
+  std::int64_t batch, head;
+};
+
+struct Attention {
+  std::int64_t batch, kv_heads, group, length, tokens;  // group: query heads per KV head; length: queries per head
+  const void* query;                                    // [B, kv_heads * group, length, keys.size]
+  std::int64_t query_batch, query_head, query_row;      // strides in elements
+  void* out;                                            // [B, kv_heads * group, length, values.size], contiguous
+  Real dtype;                                           // of query and out
+  Codes keys, values;
+  Numbers k_scale, k_zero, v_scale, v_zero;
+  const std::uint8_t* mask;  // [B, heads, length, T] bool, 0 where hidden, stride of T is 1; null: causal
+  std::int64_t mask_batch, mask_head, mask_row;
+  float scaling;
+
+  std::int64_t rows() const { return group * length; }
+  std::int64_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
+  // By shape alone, so that the result does not depend on the number of threads.
+  std::int64_t splits() const {
+    return batch * kv_heads * tiles() >= 64 || tokens == 0 ? 1 : (tokens + kSplitTokens - 1) / kSplitTokens;
+  }
+  std::int64_t tasks() const { return batch * kv_heads * tiles() * splits(); }
+  // float32 per row of a task's result when there are several splits: values, then peak and total.
+  std::int64_t partial_row() const { return values.size + 2; }
+};
+
+// Tasks [begin, end). partial: [tasks, kTileRows, partial_row] float32, used when there are several splits.
+void attend(const Attention& problem, std::int64_t begin, std::int64_t end, float* partial);
+
+// Puts the splits of tiles [begin, end) of [batch * kv_heads * tiles] together, in order.
+void merge_splits(const Attention& problem, std::int64_t begin, std::int64_t end, const float* partial);
+
+// What is known of one query row while its chunks go by. Scores are kept times log2(e), for exp2.
+struct Row {
+  float step;    // query ~ step * X, scaling and log2(e) included
+  float offset;  // sum of X
+  float peak;    // largest score so far
+  float total;   // sum of exp2(score - peak)
+  float fade;          // of this chunk: factor on everything before it
+  float weight_step;   // of this chunk: weight * v_scale ~ weight_step * W
+  float weight_offset;  // of this chunk: sum of W * v_zero
+};
+
+// Scales and zeros of one chunk, widened.
+struct ChunkNumbers {
+  alignas(kLine) float k_scale[kChunk], k_zero[kChunk], v_scale[kChunk], v_zero[kChunk];
+};
+
+// A stretch of codes that will be wanted soon: `rows` of `bytes`, `stride` apart. rows is 0 when nothing follows.
+struct Ahead {
+  const std::uint8_t* data;
+  std::int64_t stride, bytes, rows;
+};
+
+// The arithmetic of one instruction set. Fixed-point vectors take fixed_bytes(n) bytes in a layout of its own.
+struct AttentionKernels {
+  void (*widen)(const std::uint16_t* halves, std::int64_t count, float* out);
+  void (*load)(const void* data, std::int64_t count, Real dtype, float* out);
+  void (*store)(const float* data, std::int64_t count, Real dtype, void* out);
+  // fixed = round(x * inverse), then zeros up to a multiple of kLine.
+  void (*to_fixed)(const float* x, std::int64_t count, float inverse, std::int8_t* fixed);
+  // scores[row][kChunk] = X[row] . codes[token], int32.
+  void (*score)(const std::int8_t* fixed, std::int64_t rows, const std::uint8_t* codes, std::int64_t stride,
+                std::int64_t tokens, std::int64_t size, std::int32_t* scores, std::int8_t* packed, const Ahead& ahead);
+  // One row's chunk: scores to fixed-point weights, with seen[token] != 0 or, where seen is null, token < visible.
+  void (*weigh)(std::int32_t* scores, const ChunkNumbers& numbers, const std::uint8_t* seen, std::int64_t visible,
+                std::int64_t tokens, Row& row, std::int8_t* fixed);
+  // sums[row][sums_stride] = sums * fade + weight_step * (W[row] . codes - weight_offset).
+  void (*accumulate)(const std::int8_t* fixed, const Row* state, std::int64_t rows, const std::uint8_t* codes,
+                     std::int64_t stride, std::int64_t tokens, std::int64_t size, float* sums, std::int64_t sums_stride,
+                     std::int8_t* packed, const Ahead& ahead);
+};
+
+// Bytes of a fixed-point vector of `count` numbers: two each, padded.
+constexpr std::int64_t fixed_bytes(std::int64_t count) { return 2 * round_up(count, kLine); }
+
+const AttentionKernels& attention_kernels();
+
+extern const AttentionKernels kAttentionPortable, kAttentionAvx2, kAttentionAvx512;
+
+}  // namespace qquant

@@ -1,0 +1,196 @@
+"""Attention over a quantized cache, as an attention implementation of transformers with the mask that belongs to it.
+
+An implementation is named ``qquant_<base>``. It takes keys and values that are still integers itself and hands
+everything else - prefill, other caches - to the base (``sdpa``, ``flash_attention_2``, ...), exact and unchanged.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qquant import kv_ops
+
+_log = logging.getLogger("qquant")
+
+PREFIX = "qquant_"
+"""What the names of our attention implementations begin with."""
+
+BASES = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Implementations that ours may stand in front of. Eager attention returns its weights, which a fused kernel never has,
+and is a function of each model's own file, so nothing can stand in front of it."""
+
+MAX_QUERIES = 16
+"""Most tokens of one call that are attended in integers: a decoding step or the check of an assistant's draft. Longer
+calls are prefill, where arithmetic and not memory is the limit, and keep exact keys and values."""
+
+# Arguments of transformers' attention functions that change the result and that the kernel does not know.
+_FOREIGN = ("softcap", "s_aux", "position_bias", "cache")
+
+
+class QuantizedStates:
+    """Keys or values of one layer, still integers; to whoever is not our attention an ordinary tensor [B, H, T, D].
+
+    Any torch function, method or index sees the dequantized values, so a model that does more with its keys than to
+    hand them to attention stays right, at the cost of a copy.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        *,
+        dtype: torch.dtype,
+        rotation: Tensor | None = None,
+        kernel: bool = True,
+    ) -> None:
+        self.codes, self.scale, self.zero = codes, scale, zero
+        self.dtype = dtype
+        self.rotation = rotation
+        """[D, D] float32 orthogonal matrix that the vectors were multiplied by before they were stored, or None."""
+        self.kernel = kernel
+        """False: plain torch instead of the compiled operators."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, H, T, D]."""
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the integers are."""
+        return self.codes.device
+
+    def dequantize(self) -> Tensor:
+        """[B, H, T, D] in ``dtype``: a fresh tensor."""
+        recover = kv_ops.dequantize if self.kernel and self.scale.dtype == torch.float16 else kv_ops.decode
+        if self.rotation is None:
+            plain: Tensor = recover(self.codes, self.scale, self.zero, self.dtype)
+            return plain
+        rotated: Tensor = recover(self.codes, self.scale, self.zero, torch.float32)
+        return (rotated @ self.rotation.T).to(self.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dequantize(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dequantize()[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every torch function gets tensors."""
+        args, kwargs = tree_map(lambda x: x.dequantize() if isinstance(x, cls) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def adopt(config: Any) -> bool:
+    """Put our attention in front of the one that a text model's config names; returns whether that could be done.
+
+    Args:
+        config: transformers text config; its ``_attn_implementation`` is changed. Saving a model does not store it.
+    """
+    base = config._attn_implementation or "sdpa"
+    if base.startswith(PREFIX):
+        return True
+    if base not in BASES:
+        return False
+    _register(base)
+    config._attn_implementation = PREFIX + base
+    return True
+
+
+def release(config: Any) -> None:
+    """Undo ``adopt``."""
+    name = config._attn_implementation or ""
+    if name.startswith(PREFIX):
+        config._attn_implementation = name.removeprefix(PREFIX)
+
+
+def takes_integers(config: Any) -> bool:
+    """Whether the model of this config runs our attention now."""
+    return (config._attn_implementation or "").startswith(PREFIX)
+
+
+def _register(base: str) -> None:
+    """Teach transformers ``qquant_<base>``: attention and mask together, because without a mask of the same name a
+    left-padded batch would silently attend to its padding."""
+
+    def attention(
+        module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key, QuantizedStates):
+            return _attend(module, query, key, value, attention_mask, base, options)
+        result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[base](
+            module, query, key, value, attention_mask, **options
+        )
+        return result
+
+    AttentionInterface.register(PREFIX + base, attention)
+    AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+@torch.compiler.disable
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: QuantizedStates,
+    value: QuantizedStates,
+    mask: Tensor | None,
+    base: str,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Fused attention over integers; [B, L, Hq, Dv] and no weights, as transformers wants them."""
+    length, tokens = query.shape[2], key.shape[2]
+    unknown = [name for name in _FOREIGN if options.get(name) is not None]
+    odd_mask = mask is not None and mask.dtype != torch.bool
+    if unknown or odd_mask or options.get("dropout") or options.get("is_causal") is False:
+        _say_once(f"the int8 attention kernel was not used: {unknown or 'a float mask, dropout or no causality'}")
+        result: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[base](
+            module, query, key.dequantize(), value.dequantize(), mask, **options
+        )
+        return result
+    if mask is None or mask.dim() == 2:
+        mask = _full_mask(mask, length, tokens, options.get("sliding_window"), query.device)
+    if mask is not None and mask.shape[-1] != tokens:
+        mask = mask[..., :tokens]
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    rows = query if key.rotation is None else query.float() @ key.rotation
+    attend = kv_ops.decode_attention if key.kernel else kv_ops.attention_reference
+    found = attend(
+        rows, key.codes, key.scale, key.zero, value.codes, value.scale, value.zero, mask, scaling
+    )  # [B, Hq, L, Dv]
+    return found.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _full_mask(
+    padding: Tensor | None, length: int, tokens: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """The mask of flash attention, [B, T] or None, as [B or 1, 1, L, T]; None where plain causality says it all."""
+    trimmed = window is not None and tokens >= window and length > 1
+    if padding is None and not trimmed:
+        return None
+    seen = kv_ops.visible(length, tokens, device)
+    if trimmed and window is not None:
+        # A query sees itself and the window - 1 tokens before it.
+        seen = seen.triu(tokens - length - window + 1)
+    seen = seen[None, None]
+    return seen if padding is None else seen & padding.bool()[:, None, None, -tokens:]
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)

@@ -1,0 +1,143 @@
+"""TokenStore: quantized vectors of consecutive tokens in storage that grows in steps and is never concatenated.
+
+One store holds the keys or the values of one layer. It knows nothing of attention, models or transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qquant import kv_ops
+
+KVScheme = Literal["token", "qwen"]
+
+STEP = 64
+"""Room is a multiple of this many tokens."""
+
+GROWTH = 32
+"""A full store grows by one part in this many, so that room not yet used stays near 3 %."""
+
+RESERVE_AHEAD = 1024
+"""Tokens of room beyond the first call that are taken at once when the final length is known."""
+
+
+class TokenStore:
+    """Codes, scales and zeros of ``[batch, heads, tokens]`` vectors of ``dim`` channels.
+
+    Growing copies one store at a time, so that the peak of a model with many layers is one cache and a small part,
+    not two caches as with concatenation.
+
+    Args:
+        states: [B, H, L, D], the first vectors; only shape, dtype and device are read.
+        scheme: ``token`` or ``qwen``, see ``kv_cache_quant.quantize_cache_v``.
+        reserve: tokens the store will probably hold in the end; 0 if unknown.
+    """
+
+    def __init__(self, states: Tensor, *, scheme: KVScheme = "token", reserve: int = 0) -> None:
+        batch, heads, length, dim = states.shape
+        room = _whole_steps(max(length, min(reserve, length + RESERVE_AHEAD)))
+        self.scheme = scheme
+        self.tokens = 0
+        """Vectors held per head."""
+        # The published scheme keeps its ranges in the dtype of the states.
+        dtype = torch.float16 if scheme == "token" else states.dtype
+        self.codes = torch.empty(batch, heads, room, dim, dtype=torch.uint8, device=states.device)
+        self.scale = torch.empty(batch, heads, room, dtype=dtype, device=states.device)
+        self.zero = torch.empty_like(self.scale)
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit without growing."""
+        return self.codes.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the store holds, room not yet used included."""
+        return sum(part.untyped_storage().nbytes() for part in self._parts())
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the vectors held, without the room ahead."""
+        return sum(part[:, :, : self.tokens].numel() * part.element_size() for part in self._parts())
+
+    def append(self, states: Tensor, *, kernel: bool = True) -> None:
+        """Quantize ``states`` [B, H, L, D] behind what is held. Read, never written."""
+        end = self.tokens + states.shape[2]
+        if end > self.room:
+            self._move(0, self.tokens, _whole_steps(max(end, self.room + self.room // GROWTH)))
+        if self.scheme == "qwen":
+            place = slice(self.tokens, end)
+            self.codes[:, :, place], self.scale[:, :, place], self.zero[:, :, place] = encode_as_qwen(states)
+        elif kernel:
+            kv_ops.append(self.codes, self.scale, self.zero, states, self.tokens)
+        else:
+            kv_ops.append_reference(self.codes, self.scale, self.zero, states, self.tokens)
+        self.tokens = end
+
+    def last(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The newest ``count`` vectors: views [B, H, count, D] uint8, [B, H, count] and [B, H, count]."""
+        place = slice(self.tokens - count, self.tokens)
+        return self.codes[:, :, place], self.scale[:, :, place], self.zero[:, :, place]
+
+    def drop_newest(self, count: int) -> None:
+        """Forget the newest ``count`` vectors; no data moves."""
+        self.tokens = max(0, self.tokens - count)
+
+    def keep_newest(self, count: int) -> None:
+        """Forget all but the newest ``count`` vectors and move them to the front; frees no memory."""
+        if self.tokens > count:
+            self._move(self.tokens - count, count, self.room)
+
+    def select(self, rows: Tensor) -> None:
+        """Make the batch consist of the given rows: ``rows`` [new batch] int64, repetitions allowed."""
+        for name in ("codes", "scale", "zero"):
+            part: Tensor = getattr(self, name)
+            chosen = part.new_empty(rows.numel(), *part.shape[1:])
+            held = chosen[:, :, : self.tokens]
+            held.copy_(part[:, :, : self.tokens].index_select(0, rows.to(part.device)))
+            setattr(self, name, chosen)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to another device."""
+        self.codes, self.scale, self.zero = (part.to(device, non_blocking=True) for part in self._parts())
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codes, self.scale, self.zero
+
+    def _move(self, begin: int, count: int, room: int) -> None:
+        """Copy ``count`` vectors from ``begin`` on to the front of fresh storage, one part after the other."""
+        for name in ("codes", "scale", "zero"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], room, *old.shape[3:])
+            new[:, :, :count] = old[:, :, begin : begin + count]
+            setattr(self, name, new)
+        self.tokens = count
+
+
+def encode_as_qwen(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The published scheme: one range per head over all tokens of this call, truncated, in the dtype of ``states``.
+
+    Args:
+        states: [B, H, L, D], any float dtype.
+
+    Returns:
+        codes [B, H, L, D] uint8, scale and zero [B, H, L] in the dtype of ``states``.
+    """
+    batch, heads, tokens, _ = states.shape
+    if states.numel() == 0:
+        empty = states.new_empty(batch, heads, tokens)
+        return torch.empty_like(states, dtype=torch.uint8), empty, empty.clone()
+    # Over L and D together: [B, H, 1, 1].
+    low = states.amin(dim=(2, 3), keepdim=True)
+    high = states.amax(dim=(2, 3), keepdim=True)
+    scale = (high - low) / kv_ops.LEVELS
+    zero = 0 - low / scale
+    codes = (states / scale + zero).clamp(0, kv_ops.LEVELS).to(torch.uint8)
+    return codes, scale[..., 0].expand(-1, -1, tokens), zero[..., 0].expand(-1, -1, tokens)
+
+
+def _whole_steps(tokens: int) -> int:
+    return -(-tokens // STEP) * STEP

@@ -1,0 +1,184 @@
+"""Move outlier channels of the keys into the queries, so that keys become easy to quantize at no cost at run time.
+
+Rotary embedding turns channels i and i + D/2 of a head by one angle. Dividing such a pair of k_proj's output rows by a
+factor and multiplying the same rows of q_proj leaves every score as it was. Factors are powers of two, so not even the
+rounding of a product changes: logits of the folded model are bit for bit those of the original, and undoing it restores
+every weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qquant.errors import UsageError
+from qquant.linear import QuantLinear
+from qquant.models.layouts import find_attentions
+
+_log = logging.getLogger("qquant")
+
+SPREAD = 3.0
+"""Standard deviations above its mean at which a channel's largest value is guessed without data."""
+
+Factors = dict[str, Tensor]
+"""Attention module by name -> [H, D / 2] float32 powers of two that its keys were divided by."""
+
+
+class _Pairs(NamedTuple):
+    """The key and query channels of one attention module, seen as rotary pairs."""
+
+    attention: Any
+    kv_heads: int
+    dim: int
+
+    @property
+    def normed(self) -> bool:
+        """Whether keys pass a norm with a weight per channel (Qwen3), which is then what is folded."""
+        return hasattr(self.attention, "k_norm")
+
+
+def can_fold(model: nn.Module, config: Any) -> bool:
+    """Whether the family is known to turn channels i and i + D/2 of separate q_proj and k_proj by one angle."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("partial_rotary_factor", 1.0) == 1.0 and bool(find_attentions(model, config.model_type))
+
+
+def fold_keys(model: nn.Module, config: Any, samples: Sequence[Tensor] | None = None) -> Factors:
+    """Divide the key channels that are larger than their head's median pair, and multiply the queries'.
+
+    Args:
+        model: a causal language model for which ``can_fold`` holds. Weights are modified in place.
+        config: its text config.
+        samples: token ids [tokens] or [B, tokens] int64 to measure keys on; None guesses them from the weights, which
+            is nearly as good: a channel's bias, its row of k_proj, and the weight of the norm before it.
+
+    Returns:
+        What was divided, for ``unfold_keys``; modules without outliers are left out and untouched.
+
+    Raises:
+        UsageError: the model's weights are not in memory.
+    """
+    found = {name: _Pairs(module, *_shape(module, config)) for name, module in _attentions(model, config)}
+    for name, pairs in found.items():
+        if any(parameter.is_meta for parameter in pairs.attention.parameters()):
+            raise UsageError(f"key folding rewrites weights, but those of {name} are not in memory; choose 'hadamard'")
+    sizes = _measure(model, found, samples) if samples is not None else _guess(model, found)
+    factors: Factors = {}
+    for name, size in sizes.items():
+        # Relative to the median pair, which stays; rounding leaves everything below 1.4 times of it alone.
+        wanted = (size / size.median(-1, keepdim=True).values.clamp(min=1e-30)).clamp(min=1)
+        powers = wanted.log2().round().exp2()
+        if (powers > 1).any() and _apply(found[name], powers):
+            factors[name] = powers
+    if factors:
+        _log.info("folded outlier key channels of %d attention modules into their queries", len(factors))
+    return factors
+
+
+def unfold_keys(model: nn.Module, config: Any, factors: Factors) -> None:
+    """Undo ``fold_keys`` exactly. Weights are modified in place."""
+    for name, module in _attentions(model, config):
+        if name in factors:
+            _apply(_Pairs(module, *_shape(module, config)), 1 / factors[name])
+
+
+def _attentions(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:
+    for name in find_attentions(model, config.model_type):
+        yield name, model.get_submodule(name)
+
+
+def _shape(attention: Any, config: Any) -> tuple[int, int]:
+    """(KV heads, channels per head)."""
+    dim = attention.head_dim
+    return attention.k_proj.out_features // dim, dim
+
+
+def _guess(model: nn.Module, found: dict[str, _Pairs]) -> dict[str, Tensor]:
+    """Size of every rotary pair [H, D / 2] from the weights alone."""
+    sizes = {}
+    for name, pairs in found.items():
+        half = (pairs.kv_heads, 2, pairs.dim // 2)
+        if pairs.normed:
+            # A normed head has unit mean square before the norm's weight.
+            channel = pairs.attention.k_norm.weight.detach().float().abs().expand(pairs.kv_heads, -1)
+        else:
+            linear = pairs.attention.k_proj
+            weight = linear.dequantized() if isinstance(linear, QuantLinear) else linear.weight.detach()
+            # Its input, a normed vector, has unit mean square before the norm's weight.
+            scaled = weight.float() * _norm_before(model, name).to(weight.device)
+            bias = 0.0 if linear.bias is None else linear.bias.detach().float().abs()
+            channel = bias + SPREAD * scaled.norm(dim=1)
+        sizes[name] = channel.reshape(half).norm(dim=1)
+    return sizes
+
+
+def _norm_before(model: nn.Module, name: str) -> Tensor:
+    """Weight [hidden] of the norm whose output the attention module of that name reads."""
+    block = model.get_submodule(name.rpartition(".")[0])
+    return block.get_parameter("input_layernorm.weight").detach().float()
+
+
+def _measure(model: nn.Module, found: dict[str, _Pairs], samples: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Size of every rotary pair [H, D / 2]: the largest over all tokens of the samples."""
+    sizes = {name: torch.zeros(pairs.kv_heads, pairs.dim // 2) for name, pairs in found.items()}
+
+    def watch(name: str, pairs: _Pairs) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, keys: Tensor) -> None:
+            halves = keys.detach().float().reshape(-1, pairs.kv_heads, 2, pairs.dim // 2)
+            sizes[name] = torch.maximum(sizes[name], halves.norm(dim=2).amax(0).cpu())
+
+        source = pairs.attention.k_norm if pairs.normed else pairs.attention.k_proj
+        return source.register_forward_hook(hook)
+
+    hooks = [watch(name, pairs) for name, pairs in found.items()]
+    try:
+        with torch.inference_mode():
+            for sample in samples:
+                device = next(model.parameters()).device
+                model(input_ids=sample.reshape(-1, sample.shape[-1]).to(device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+def _apply(pairs: _Pairs, factors: Tensor) -> bool:
+    """Divide keys and multiply queries by ``factors`` [H, D / 2]; False, and nothing changed, if that loses a bit."""
+    attention = pairs.attention
+    if pairs.normed:
+        # One weight serves all heads: what the worst of them asks for.
+        channel = factors.amax(0) if (factors >= 1).all() else factors.amin(0)
+        channel = channel.repeat(2)
+        jobs = [(attention.k_norm.weight, 1 / channel), (attention.q_norm.weight, channel)]
+    else:
+        per_key = factors.repeat(1, 2)  # [H, D]
+        groups = attention.q_proj.out_features // attention.k_proj.out_features
+        per_query = per_key.repeat_interleave(groups, 0).flatten()
+        jobs = [
+            *_scaled_rows(attention.k_proj, 1 / per_key.flatten()),
+            *_scaled_rows(attention.q_proj, per_query),
+        ]
+    jobs = [(tensor, factor.to(tensor.device)) for tensor, factor in jobs]
+    with torch.no_grad():
+        if not all(torch.equal((t * f.to(t.dtype)) / f.to(t.dtype), t) for t, f in jobs):
+            _log.warning("a key fold was left out: its factors leave the range of the stored dtype")
+            return False
+        for tensor, factor in jobs:
+            tensor.mul_(factor.to(tensor.dtype))
+    for linear in (attention.k_proj, attention.q_proj):
+        if isinstance(linear, QuantLinear):
+            linear.forget_packed()
+    return True
+
+
+def _scaled_rows(linear: Any, factor: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The tensors to multiply, each with a factor that broadcasts, so that output rows are scaled by ``factor``."""
+    if isinstance(linear, QuantLinear):
+        jobs = [(linear.scales, factor)]  # [groups, out]
+    else:
+        jobs = [(linear.weight, factor[:, None])]  # [out, in]
+    return jobs if linear.bias is None else [*jobs, (linear.bias, factor)]
