@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qquant.hf_plugin import register as register
     from qquant.kv_cache_quant import Int8KVCache as Int8KVCache
     from qquant.kv_cache_quant import dequantize_cache_torch as dequantize_cache_torch
+    from qquant.kv_cache_quant import disable_kv_quant as disable_kv_quant
+    from qquant.kv_cache_quant import enable_kv_quant as enable_kv_quant
     from qquant.kv_cache_quant import quantize_cache_v as quantize_cache_v
-    from qquant.kv_toggle import disable_kv_quant as disable_kv_quant
-    from qquant.kv_toggle import enable_kv_quant as enable_kv_quant
 
 __version__ = "0.1.0"
 
@@ -32,8 +32,8 @@ _HOME = {
     "QuantizeConfig": "qquant.config",
     "Sample": "qquant.calibrate",
     "dequantize_cache_torch": "qquant.kv_cache_quant",
-    "disable_kv_quant": "qquant.kv_toggle",
-    "enable_kv_quant": "qquant.kv_toggle",
+    "disable_kv_quant": "qquant.kv_cache_quant",
+    "enable_kv_quant": "qquant.kv_cache_quant",
     "load_quantized": "qquant.checkpoint",
     "load_samples": "qquant.calibrate",
     "quantize_cache_v": "qquant.kv_cache_quant",

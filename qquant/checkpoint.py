@@ -23,7 +23,7 @@ import qquant
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.errors import BadModelError, NumericError, UsageError
 from qquant.hf_plugin import METHOD, GptqFileConfig, GptqLoader, check_keys, swap_linears
-from qquant.kv_toggle import enable_as_configured
+from qquant.kv_cache_quant import enable_as_configured
 from qquant.linear import Kernel
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period

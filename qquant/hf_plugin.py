@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qquant.config import ModuleOverride, QuantizeConfig
 from qquant.errors import BadModelError, UsageError
-from qquant.kv_toggle import enable_as_configured
+from qquant.kv_cache_quant import enable_as_configured
 from qquant.linear import Kernel, QuantLinear
 from qquant.packing import in_order, packable, unpack_zeros
 from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files

@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qquant import kv_ops
+from qquant.kv_ops import KVBits
 
 _log = logging.getLogger("qquant")
 
@@ -49,11 +50,13 @@ class QuantizedStates:
         zero: Tensor,
         *,
         dtype: torch.dtype,
+        bits: KVBits = 8,
         rotation: Tensor | None = None,
         kernel: bool = True,
     ) -> None:
         self.codes, self.scale, self.zero = codes, scale, zero
         self.dtype = dtype
+        self.bits: KVBits = bits
         self.rotation = rotation
         """[D, D] float32 orthogonal matrix that the vectors were multiplied by before they were stored, or None."""
         self.kernel = kernel
@@ -62,7 +65,7 @@ class QuantizedStates:
     @property
     def shape(self) -> torch.Size:
         """[B, H, T, D]."""
-        return self.codes.shape
+        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits))
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +74,8 @@ class QuantizedStates:
 
     def dequantize(self) -> Tensor:
         """[B, H, T, D] in ``dtype``: a fresh tensor."""
+        if self.bits == 4:
+            return kv_ops.decode_int4(self.codes, self.scale, self.zero, self.dtype)
         recover = kv_ops.dequantize if self.kernel and self.scale.dtype == torch.float16 else kv_ops.decode
         if self.rotation is None:
             plain: Tensor = recover(self.codes, self.scale, self.zero, self.dtype)
@@ -122,14 +127,17 @@ def takes_integers(config: Any) -> bool:
 
 
 def _register(base: str) -> None:
-    """Teach transformers ``qquant_<base>``: attention and mask together, because without a mask of the same name a
-    left-padded batch would silently attend to its padding."""
+    """Teach transformers ``qquant_<base>``: attention and mask together.
+
+    Without a mask of the same name a left-padded batch would silently attend to its padding.
+    """
 
     def attention(
         module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key, QuantizedStates):
-            return _attend(module, query, key, value, attention_mask, base, options)
+            fused: tuple[Tensor, None] = _attend(module, query, key, value, attention_mask, base, options)
+            return fused
         result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[base](
             module, query, key, value, attention_mask, **options
         )
@@ -152,9 +160,14 @@ def _attend(
     """Fused attention over integers; [B, L, Hq, Dv] and no weights, as transformers wants them."""
     length, tokens = query.shape[2], key.shape[2]
     unknown = [name for name in _FOREIGN if options.get(name) is not None]
-    odd_mask = mask is not None and mask.dtype != torch.bool
-    if unknown or odd_mask or options.get("dropout") or options.get("is_causal") is False:
-        _say_once(f"the int8 attention kernel was not used: {unknown or 'a float mask, dropout or no causality'}")
+    if value.bits == 4:
+        unknown.append("values of 4 bits")
+    if mask is not None and mask.dtype not in (torch.bool, torch.int64):
+        unknown.append(f"a mask of {mask.dtype}")
+    if options.get("dropout") or options.get("is_causal") is False:
+        unknown.append("dropout or no causality")
+    if unknown:
+        _say_once(f"the int8 attention kernel does not know {', '.join(unknown)}: keys and values were dequantized")
         result: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[base](
             module, query, key.dequantize(), value.dequantize(), mask, **options
         )

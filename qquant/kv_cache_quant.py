@@ -1,36 +1,44 @@
-"""The Int8 KV cache: quantize and dequantize keys and values, and a transformers cache that stores them so.
+"""The Int8 KV cache: quantize and dequantize keys and values, a transformers cache of them, and its switch on a model.
 
-The arithmetic is kv_ops.py's, the storage kv_store.py's, the attention that reads it kv_attention.py's. How a model
-comes to use this cache by itself is kv_toggle.py's.
+The arithmetic is kv_ops.py's, the storage kv_store.py's, one layer kv_layer.py's, the attention that reads integers
+kv_attention.py's, and what is done about outlier keys models/key_fold.py's.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-    DummyLayer,
-    get_layer_types_and_kwargs,
-)
+from transformers import PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DummyLayer, get_layer_types_and_kwargs
 
 from qquant import kv_attention, kv_ops
 from qquant.errors import BadModelError, UsageError
-from qquant.kv_attention import MAX_QUERIES, QuantizedStates
-from qquant.kv_store import KVScheme, TokenStore, encode_as_qwen
+from qquant.kv_layer import Int8Layer, Int8SlidingLayer, KeyRotation
+from qquant.kv_ops import KVBits
+from qquant.kv_store import KVScheme, encode_as_qwen
+from qquant.models.key_fold import Factors, can_fold, fold_keys, unfold_keys
 
 _log = logging.getLogger("qquant")
 
-KeyRotation = Literal["none", "hadamard"]
+KeyTransform = Literal["auto", "fold", "hadamard", "none"]
 
-SLIDING_SLACK = 64
-"""Tokens that a sliding layer may hold beyond its window before it moves the window to the front."""
+_STATE = "_qquant_kv"
+"""Attribute of a model whose cache is switched on."""
+
+
+@dataclass
+class _Switched:
+    """What ``disable_kv_quant`` has to undo."""
+
+    factors: Factors
+    use_cache_quantization: Any
+    use_cache_kernel: Any
 
 
 def quantize_cache_v(states: Tensor, *, scheme: KVScheme = "token") -> tuple[Tensor, Tensor, Tensor]:
@@ -74,235 +82,9 @@ def dequantize_cache_torch(quantized: Tensor, scale: Tensor, zero_point: Tensor)
         zero_point: [B, H, T, 1], dtype of ``scale``.
 
     Returns:
-        [B, H, T, D] float32, the precision in which the kernels compute too; of the ``qwen`` scheme in the dtype of
-        ``scale``, in which it was published.
+        [B, H, T, D] float32, the precision in which the kernels compute too.
     """
-    if scale.dtype == torch.float16:
-        return kv_ops.decode(quantized, scale[..., 0], zero_point[..., 0], torch.float32)
-    return scale * (quantized.to(scale.dtype) - zero_point)
-
-
-class Int8Layer(CacheLayerMixin):
-    """Keys and values of one attention layer as uint8.
-
-    The first call (prefill) and every later one of more than 16 tokens get back the exact keys and values of their own
-    tokens; shorter calls get ``QuantizedStates`` where the model runs our attention, and tensors where it does not.
-    """
-
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(
-        self,
-        config: Any,
-        *,
-        use_cache_kernel: bool,
-        key_rotation: KeyRotation,
-        scheme: KVScheme,
-        exact_prefill: bool,
-        reserve: int,
-    ) -> None:
-        # Not the parent's: it would set ``keys`` and ``values``, which are properties here.
-        self.config = config
-        self.use_cache_kernel = use_cache_kernel
-        self.key_rotation: KeyRotation = key_rotation
-        self.scheme: KVScheme = scheme
-        self.exact_prefill = exact_prefill
-        self.reserve = reserve
-        self.is_initialized = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the storage for tensors like these."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.rotation = hadamard(key_states.shape[-1], self.device) if self.key_rotation == "hadamard" else None
-        self.key_store = TokenStore(key_states, scheme=self.scheme, reserve=self.reserve)
-        self.value_store = TokenStore(value_states, scheme=self.scheme, reserve=self.reserve)
-        self.is_initialized = True
-
-    @torch.compiler.disable
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Add keys and values [B, H, L, D]; returns what attention over all tokens needs, see the class."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length, held = key_states.shape[2], self._visible()
-        self.key_store.append(self._rotate(key_states), kernel=self.use_cache_kernel)
-        self.value_store.append(value_states, kernel=self.use_cache_kernel)
-        if self.exact_prefill and (not held or length > MAX_QUERIES):
-            if not held:
-                return key_states, value_states
-            past = [states.dequantize()[:, :, :held] for states in self._states(held + length)]
-            return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
-        keys, values = self._states(held + length)
-        if length <= MAX_QUERIES and held and kv_attention.takes_integers(self.config):
-            return keys, values
-        return keys.dequantize(), values.dequantize()
-
-    def _visible(self) -> int:
-        """Tokens held that the next call attends to."""
-        return self.key_store.tokens
-
-    def _states(self, count: int) -> tuple[QuantizedStates, QuantizedStates]:
-        """The newest ``count`` keys and values."""
-        kernel = self.use_cache_kernel and self.scheme == "token"
-        keys = QuantizedStates(*self.key_store.last(count), dtype=self.dtype, rotation=self.rotation, kernel=kernel)
-        return keys, QuantizedStates(*self.value_store.last(count), dtype=self.dtype, kernel=kernel)
-
-    def _rotate(self, key_states: Tensor) -> Tensor:
-        # In float32: a rounding to bfloat16 before the one to 8 bits would cost as much as the latter.
-        return key_states if self.rotation is None else key_states.float() @ self.rotation
-
-    @property
-    def keys(self) -> Tensor | None:
-        """[B, H, T, D] dequantized keys, a fresh tensor; None before the first update."""
-        return self._states(self._visible())[0].dequantize() if self.is_initialized else None
-
-    @property
-    def values(self) -> Tensor | None:
-        """[B, H, T, D] dequantized values, a fresh tensor; None before the first update."""
-        return self._states(self._visible())[1].dequantize() if self.is_initialized else None
-
-    @property
-    def layer_past(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """((q_key, key_scale, key_zero_point), (q_value, value_scale, value_zero_point)) as Qwen documented them:
-        views [B, H, T, D] uint8 and [B, H, T, 1]. Keys are rotated where ``key_rotation`` says so."""
-        pair = [store.last(self._visible()) for store in (self.key_store, self.value_store)]
-        keys, values = [(codes, scale[..., None], zero[..., None]) for codes, scale, zero in pair]
-        return keys, values
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory held, room not yet used included."""
-        return self.key_store.nbytes + self.value_store.nbytes if self.is_initialized else 0
-
-    @property
-    def nbytes_used(self) -> int:
-        """Bytes of the tokens held, without the room ahead."""
-        return self.key_store.nbytes_used + self.value_store.nbytes_used if self.is_initialized else 0
-
-    def get_seq_length(self) -> int:
-        """Tokens seen so far."""
-        return self.key_store.tokens if self.is_initialized else 0
-
-    def get_max_length(self) -> int:
-        """-1: it grows."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys that a call of ``query_length`` tokens attends to, position of the first of them)."""
-        return self.get_seq_length() + query_length, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; ``tokens_to_remove`` is negative or 0, as transformers passes it."""
-        if tokens_to_remove > 0:
-            raise UsageError(
-                f"crop takes a negative number of tokens to remove, got {tokens_to_remove}; "
-                "for a final length n pass n - cache.get_seq_length()"
-            )
-        if self.is_initialized:
-            self.key_store.drop_newest(-tokens_to_remove)
-            self.value_store.drop_newest(-tokens_to_remove)
-
-    def reset(self) -> None:
-        """Forget everything and free the storage."""
-        if self.is_initialized:
-            del self.key_store, self.value_store
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i of the batch becomes row ``beam_idx[i]``."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row of the batch ``repeats`` times in a row."""
-        if self.is_initialized:
-            rows = torch.arange(self.key_store.codes.shape[0], device=self.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows of the batch: int64 indices or a bool mask."""
-        if self.is_initialized:
-            rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-            self.key_store.select(rows)
-            self.value_store.select(rows)
-
-    def offload(self) -> None:
-        """Move the storage to the CPU."""
-        if self.is_initialized:
-            self.key_store.to("cpu")
-            self.value_store.to("cpu")
-
-    def prefetch(self) -> None:
-        """Bring offloaded storage back."""
-        if self.is_initialized:
-            self.key_store.to(self.device)
-            self.value_store.to(self.device)
-
-
-class Int8SlidingLayer(Int8Layer):
-    """An ``Int8Layer`` that holds no more than the window and a little slack.
-
-    Args:
-        sliding_window: tokens that a query sees, itself included.
-        **options: as ``Int8Layer``.
-    """
-
-    is_sliding = True
-
-    def __init__(self, config: Any, *, sliding_window: int, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.sliding_window = sliding_window
-        self.reserve = min(self.reserve, sliding_window + SLIDING_SLACK)
-        self.cumulative_length = 0
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        """Drop nothing until ``crop``, so that it can restore what the window has left behind."""
-        self.record_past = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """As ``Int8Layer.update``; attention gets the window before the call and the call's own tokens."""
-        found = super().update(key_states, value_states)
-        self.cumulative_length += key_states.shape[2]
-        if not self.record_past and self.key_store.tokens > self.sliding_window + SLIDING_SLACK:
-            self._trim()
-        return found
-
-    def _visible(self) -> int:
-        return min(self.key_store.tokens, self.sliding_window - 1)
-
-    def _trim(self) -> None:
-        self.key_store.keep_newest(self.sliding_window - 1)
-        self.value_store.keep_newest(self.sliding_window - 1)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen so far, those that left the window included."""
-        return self.cumulative_length
-
-    def get_max_length(self) -> int:
-        """The window."""
-        return self.sliding_window
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys that a call of ``query_length`` tokens attends to, position of the first of them)."""
-        held = min(self.cumulative_length, self.sliding_window - 1)
-        return held + query_length, self.cumulative_length - held
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """As ``Int8Layer.crop``; past the window only after ``activate_past_recording``."""
-        if self.cumulative_length >= self.sliding_window and not self.record_past:
-            raise UsageError(
-                "a sliding layer that has passed its window can be cropped only if it recorded the past: "
-                "call cache.activate_past_recording() before the tokens that may be taken back"
-            )
-        super().crop(tokens_to_remove)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
-        if self.is_initialized and self.cumulative_length >= self.sliding_window:
-            self._trim()
-
-    def reset(self) -> None:
-        """Forget everything and free the storage."""
-        super().reset()
-        self.cumulative_length = 0
+    return kv_ops.decode(quantized, scale[..., 0], zero_point[..., 0], torch.float32)
 
 
 class Int8KVCache(Cache):
@@ -317,6 +99,8 @@ class Int8KVCache(Cache):
         key_rotation: ``hadamard`` stores keys multiplied by an orthogonal matrix that spreads outlier channels over all
             others; it needs no data and costs a small product per step. ``enable_kv_quant`` offers the better ``fold``.
         scheme: ``token``, or ``qwen`` for the published one, see ``quantize_cache_v``.
+        value_bits: 4 stores values in 4 bits (0.41 of bfloat16 together with keys of 8), with ranges for every 32
+            channels. It costs far more accuracy, see docs/kv-cache.md, and no fused kernel reads it.
         exact_prefill: False makes every call, prefill too, see quantized keys and values. The published
             implementation did so; it is also how a whole text can be scored as if decoded token by token.
         reserve: tokens that the cache will probably hold; room for them is taken at once, but for no more than 1024
@@ -335,6 +119,7 @@ class Int8KVCache(Cache):
         use_cache_kernel: bool = True,
         key_rotation: KeyRotation = "none",
         scheme: KVScheme = "token",
+        value_bits: KVBits = 8,
         exact_prefill: bool = True,
         reserve: int = 0,
         offloading: bool = False,
@@ -343,11 +128,14 @@ class Int8KVCache(Cache):
             raise UsageError(f"key_rotation must be 'none' or 'hadamard', got {key_rotation!r}")
         if scheme not in ("token", "qwen"):
             raise UsageError(f"scheme must be 'token' or 'qwen', got {scheme!r}")
+        if value_bits not in (8, 4) or (value_bits == 4 and scheme == "qwen"):
+            raise UsageError(f"value_bits must be 8, or 4 with scheme 'token', got {value_bits!r} with {scheme!r}")
         text_config = config.get_text_config(decoder=True)
         options = {
             "use_cache_kernel": use_cache_kernel,
             "key_rotation": key_rotation,
             "scheme": scheme,
+            "value_bits": value_bits,
             "exact_prefill": exact_prefill,
             "reserve": reserve,
         }
@@ -376,18 +164,6 @@ class Int8KVCache(Cache):
         return sum(getattr(layer, "nbytes_used", 0) for layer in self.layers)
 
 
-def hadamard(dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Orthogonal matrix [dim, dim] float32 of Hadamard blocks, as large as the powers of two in ``dim`` allow.
-
-    Source: Sylvester's construction; its use on q and k after RoPE: QuaRot, arXiv:2404.00456, section 4.
-    """
-    block = dim & -dim
-    matrix = torch.ones(1, 1)
-    while len(matrix) < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.block_diag(*[matrix / math.sqrt(block)] * (dim // block)).to(device)
-
-
 def _make_layer(config: Any, layer_type: str, kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
     """The layer for one of transformers' layer types, or BadModelError that names it."""
     if layer_type == "full_attention":
@@ -403,3 +179,135 @@ def _make_layer(config: Any, layer_type: str, kwargs: dict[str, Any], options: d
         f"the int8 cache holds plain and sliding attention, {config.model_type} has layers of type {layer_type!r}; "
         "use transformers' own cache for this model"
     )
+
+
+def enable_kv_quant(
+    model: PreTrainedModel,
+    *,
+    use_cache_kernel: bool = True,
+    key_transform: KeyTransform = "auto",
+    samples: Sequence[Tensor] | None = None,
+    scheme: KVScheme = "token",
+    value_bits: KVBits = 8,
+) -> PreTrainedModel:
+    """Let ``model.generate`` keep its keys and values in 8 bits. Calling it again changes the options.
+
+    Args:
+        model: a causal language model. Modified in place: its config's flags and attention implementation, its
+            ``generate``, and with ``fold`` its q_proj and k_proj (its logits stay bit for bit the same).
+        use_cache_kernel: False runs plain torch instead of the compiled kernels.
+        key_transform: what is done about outlier channels of the keys. ``fold`` moves them into the queries once,
+            exactly and at no cost per step, for families that are known to allow it. ``hadamard`` rotates keys and
+            queries at each step, for any model. ``auto`` is ``fold`` where it can be done, else ``hadamard``.
+        samples: token ids to measure key channels on for ``fold``; without them it judges by the weights.
+        scheme: ``token``, or ``qwen`` for the published one (which quantizes the prompt before it is used, too).
+        value_bits: 8, or 4 for fewer bytes at a much larger error, see ``Int8KVCache``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: an option has no such value or does not fit the model.
+        BadModelError: the model's layers have no keys and values to quantize.
+    """
+    if key_transform not in get_args(KeyTransform):
+        raise UsageError(f"key_transform must be one of {', '.join(get_args(KeyTransform))}, got {key_transform!r}")
+    if model.config.is_encoder_decoder:
+        raise BadModelError(f"the int8 cache serves decoders, {model.config.model_type} is an encoder-decoder")
+    disable_kv_quant(model)
+    config = model.config.get_text_config(decoder=True)
+    if key_transform == "auto":
+        key_transform = "fold" if can_fold(model, config) else "hadamard"
+    elif key_transform == "fold" and not can_fold(model, config):
+        raise UsageError(
+            f"key_transform 'fold' needs a family known to rotate channel pairs (i, i + D/2) of separate q_proj and "
+            f"k_proj, {config.model_type} is not; use 'hadamard'"
+        )
+    options: dict[str, Any] = {
+        "use_cache_kernel": use_cache_kernel,
+        "key_rotation": "hadamard" if key_transform == "hadamard" else "none",
+        "scheme": scheme,
+        "value_bits": value_bits,
+        "exact_prefill": scheme == "token",
+    }
+    Int8KVCache(model.config, **options)  # refuses here, not in the middle of a generation, what cannot be cached
+    factors = fold_keys(model, config, samples) if key_transform == "fold" else {}
+    state = _Switched(factors, *(getattr(model.config, flag, None) for flag in _FLAGS))
+    setattr(model, _STATE, state)
+    model.config.use_cache_quantization = True
+    model.config.use_cache_kernel = use_cache_kernel
+    # A bound method, so that a copy of the model prepares caches for the copy.
+    vars(model)["_prepare_cache_for_generation"] = MethodType(_preparing(options), model)
+    return model
+
+
+def disable_kv_quant(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo ``enable_kv_quant`` wholly, folded weights included; a model that is not switched on stays as it is."""
+    state: _Switched | None = getattr(model, _STATE, None)
+    if state is None:
+        return model
+    config = model.config.get_text_config(decoder=True)
+    unfold_keys(model, config, state.factors)
+    kv_attention.release(config)
+    for flag in _FLAGS:
+        before = getattr(state, flag)
+        if before is None:
+            delattr(model.config, flag)
+        else:
+            setattr(model.config, flag, before)
+    del vars(model)["_prepare_cache_for_generation"]
+    delattr(model, _STATE)
+    return model
+
+
+_FLAGS = ("use_cache_quantization", "use_cache_kernel")
+"""Keys of config.json, as Qwen's users know them."""
+
+
+def enable_as_configured(
+    model: PreTrainedModel, use_cache_quantization: bool | None = None, use_cache_kernel: bool | None = None
+) -> None:
+    """Switch the cache on if the arguments, or for None the model's config.json, say so.
+
+    The kernel flag alone does nothing, as ever.
+    """
+    wanted, kernel = (
+        getattr(model.config, flag, None) if given is None else given
+        for flag, given in zip(_FLAGS, (use_cache_quantization, use_cache_kernel), strict=True)
+    )
+    if wanted:
+        enable_kv_quant(model, use_cache_kernel=True if kernel is None else bool(kernel))
+
+
+def _preparing(options: dict[str, Any]) -> Callable[..., Any]:
+    """A ``_prepare_cache_for_generation`` that puts an ``Int8KVCache`` where transformers would make its own."""
+
+    def prepare(
+        model: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        ordinary = type(model)._prepare_cache_for_generation
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            kind = generation_config.cache_implementation
+            if kind not in (None, "dynamic", "offloaded"):
+                raise UsageError(
+                    f"cache_implementation {kind!r} and the int8 cache exclude each other: leave it out, or call "
+                    "qquant.disable_kv_quant(model) first"
+                )
+            cache: Any = Int8KVCache(model.config, **options, reserve=max_cache_length, offloading=kind == "offloaded")
+            # An assistant's drafts are rolled back.
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            generation_config.cache_implementation = None
+            model_kwargs["past_key_values"] = cache
+            result = ordinary(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            # Ours, not the user's: nobody outside will look at it after this generation.
+            cache._is_user_defined = False
+            return result
+        return ordinary(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    return prepare

@@ -6,17 +6,27 @@ loads those kernels where they are built. No cache object and no model live here
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from qquant import _native
 
+KVBits = Literal[8, 4]
+"""Width of one stored code."""
+
 LEVELS = 255
 """Steps between the lowest and the highest stored value of a uint8."""
+
+INT4_GROUP = 32
+"""Channels that share a range where values are stored in 4 bits."""
 
 MIN_RELATIVE_STEP = 2.0**-11
 """Smallest step as a share of a vector's largest magnitude. It keeps ``zero`` within 2048, where float16 still resolves
 half a step, so that a vector with hardly any spread around a large offset keeps its values."""
+
+MAX_ZERO = 1 / MIN_RELATIVE_STEP
 
 MIN_STEP = 2.0**-24
 """Smallest positive float16: the step of an all-zero vector, which any positive step stores exactly."""
@@ -25,8 +35,8 @@ MAX_STEP = 65504.0
 """Largest float16. Values beyond +-8e6 would need more, and are clamped."""
 
 
-def choose_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Pick the grid ``scale * (code - zero)``, code 0 to 255, for values between ``low`` and ``high``.
+def choose_range(low: Tensor, high: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
+    """Pick the grid ``scale * (code - zero)``, code 0 to ``levels``, for values between ``low`` and ``high``.
 
     Both numbers are float16 because they are stored so; codes are taken on the rounded grid, so that this rounding
     costs no accuracy. The kernels repeat this arithmetic operation by operation: products, sums and quotients rounded
@@ -35,27 +45,30 @@ def choose_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         low: smallest value of each vector, float32, finite.
         high: largest value of each vector, float32, finite, same shape.
+        levels: highest code, 255 or 15.
 
     Returns:
-        scale: same shape, float16, positive. Rounded up, so that 255 steps always reach.
+        scale: same shape, float16, positive. Rounded up, so that all steps together always reach.
         zero: same shape, float16: the real, unrounded level that stands for 0.0.
     """
-    share = 1.0 / LEVELS
+    share = 1.0 / levels
     # Scaled before subtracting: the difference of the two ends may overflow where neither end does.
     step = high * share - low * share
     wanted = torch.maximum(step, torch.maximum(high, -low) * MIN_RELATIVE_STEP).clamp(MIN_STEP, MAX_STEP)
     scale = wanted.half()
     # The next float16 above: positive ones are ordered as their bits.
     scale = torch.where(scale.float() < wanted, (scale.view(torch.int16) + 1).view(torch.float16), scale)
-    zero = (-low / scale.float()).half()
+    # Out of these bounds only where the step itself was clamped.
+    zero = (-low / scale.float()).clamp(-MAX_ZERO, MAX_ZERO).half()
     return scale, zero
 
 
-def encode(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def encode(states: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the last axis of ``states``, one range per vector.
 
     Args:
         states: [..., D], any float dtype, finite. Read, never written.
+        levels: highest code, 255 or 15.
 
     Returns:
         codes: [..., D] uint8.
@@ -63,9 +76,9 @@ def encode(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         zero: [...] float16.
     """
     values = states.float()
-    scale, zero = choose_range(values.amin(-1), values.amax(-1))
+    scale, zero = choose_range(values.amin(-1), values.amax(-1), levels)
     inverse = 1.0 / scale.float()
-    codes = (values * inverse[..., None] + zero.float()[..., None]).round().clamp(0, LEVELS).to(torch.uint8)
+    codes = (values * inverse[..., None] + zero.float()[..., None]).round().clamp(0, levels).to(torch.uint8)
     return codes, scale, zero
 
 
@@ -82,6 +95,28 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Te
         [..., D] in ``dtype``.
     """
     return (scale.float()[..., None] * (codes.float() - zero.float()[..., None])).to(dtype)
+
+
+def encode_int4(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize to 4 bits, one range per 32 neighbouring channels of a vector.
+
+    Args:
+        states: [..., D], any float dtype, finite; D a multiple of 32. Read, never written.
+
+    Returns:
+        packed: [..., D / 2] uint8, the channel of even place in the low half of a byte.
+        scale: [..., D / 32] float16.
+        zero: [..., D / 32] float16.
+    """
+    codes, scale, zero = encode(states.unflatten(-1, (-1, INT4_GROUP)), levels=15)
+    flat = codes.flatten(-2)
+    return flat[..., 0::2] | flat[..., 1::2] << 4, scale, zero
+
+
+def decode_int4(packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """Recover what ``encode_int4`` stored: [..., D] in ``dtype``."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return decode(codes.unflatten(-1, (-1, INT4_GROUP)), scale, zero, dtype).flatten(-2)
 
 
 _library = torch.library.Library("qquant", "FRAGMENT")
@@ -213,7 +248,7 @@ def _check_append(codes: Tensor, scale: Tensor, zero: Tensor, states: Tensor, at
         lambda: f"scale and zero must be {list(codes.shape[:3])}, got {list(scale.shape)} and {list(zero.shape)}",
     )
     torch._check(
-        0 <= at and at + states.shape[2] <= room,
+        at >= 0 and at + states.shape[2] <= room,
         lambda: f"tokens {at} to {at + states.shape[2]} must fit into the cache's room of {room}",
     )
 
@@ -239,9 +274,7 @@ def _check_attention(
     for name, numbers in (("k_scale", k_scale), ("k_zero", k_zero), ("v_scale", v_scale), ("v_zero", v_zero)):
         torch._check(
             numbers.shape == k_codes.shape[:3],
-            lambda name=name, numbers=numbers: (  # type: ignore[misc]
-                f"{name} must be {list(k_codes.shape[:3])}, got {list(numbers.shape)}"
-            ),
+            lambda name=name, numbers=numbers: f"{name} must be {list(k_codes.shape[:3])}, got {list(numbers.shape)}",
         )
     if mask is not None:
         torch._check(

@@ -5,12 +5,14 @@ One store holds the keys or the values of one layer. It knows nothing of attenti
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qquant import kv_ops
+from qquant.kv_ops import KVBits
 
 KVScheme = Literal["token", "qwen"]
 
@@ -33,19 +35,22 @@ class TokenStore:
     Args:
         states: [B, H, L, D], the first vectors; only shape, dtype and device are read.
         scheme: ``token`` or ``qwen``, see ``kv_cache_quant.quantize_cache_v``.
+        bits: of a code, 8 or 4. In 4 bits every 32 channels have a range of their own and two codes share a byte.
         reserve: tokens the store will probably hold in the end; 0 if unknown.
     """
 
-    def __init__(self, states: Tensor, *, scheme: KVScheme = "token", reserve: int = 0) -> None:
+    def __init__(self, states: Tensor, *, scheme: KVScheme = "token", bits: KVBits = 8, reserve: int = 0) -> None:
         batch, heads, length, dim = states.shape
         room = _whole_steps(max(length, min(reserve, length + RESERVE_AHEAD)))
-        self.scheme = scheme
+        self.scheme: KVScheme = scheme
+        self.bits: KVBits = bits
         self.tokens = 0
         """Vectors held per head."""
         # The published scheme keeps its ranges in the dtype of the states.
         dtype = torch.float16 if scheme == "token" else states.dtype
-        self.codes = torch.empty(batch, heads, room, dim, dtype=torch.uint8, device=states.device)
-        self.scale = torch.empty(batch, heads, room, dtype=dtype, device=states.device)
+        groups = () if bits == 8 else (dim // kv_ops.INT4_GROUP,)
+        self.codes = torch.empty(batch, heads, room, dim * bits // 8, dtype=torch.uint8, device=states.device)
+        self.scale = torch.empty(batch, heads, room, *groups, dtype=dtype, device=states.device)
         self.zero = torch.empty_like(self.scale)
 
     @property
@@ -68,9 +73,10 @@ class TokenStore:
         end = self.tokens + states.shape[2]
         if end > self.room:
             self._move(0, self.tokens, _whole_steps(max(end, self.room + self.room // GROWTH)))
-        if self.scheme == "qwen":
+        if self.scheme == "qwen" or self.bits == 4:
             place = slice(self.tokens, end)
-            self.codes[:, :, place], self.scale[:, :, place], self.zero[:, :, place] = encode_as_qwen(states)
+            encode = encode_as_qwen if self.scheme == "qwen" else kv_ops.encode_int4
+            self.codes[:, :, place], self.scale[:, :, place], self.zero[:, :, place] = encode(states)
         elif kernel:
             kv_ops.append(self.codes, self.scale, self.zero, states, self.tokens)
         else:
@@ -78,7 +84,10 @@ class TokenStore:
         self.tokens = end
 
     def last(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The newest ``count`` vectors: views [B, H, count, D] uint8, [B, H, count] and [B, H, count]."""
+        """The newest ``count`` vectors: views of codes, scale and zero.
+
+        [B, H, count, D] uint8, [B, H, count] and [B, H, count]; in 4 bits [B, H, count, D / 2], [B, H, count, D / 32].
+        """
         place = slice(self.tokens - count, self.tokens)
         return self.codes[:, :, place], self.scale[:, :, place], self.zero[:, :, place]
 
@@ -137,6 +146,19 @@ def encode_as_qwen(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero = 0 - low / scale
     codes = (states / scale + zero).clamp(0, kv_ops.LEVELS).to(torch.uint8)
     return codes, scale[..., 0].expand(-1, -1, tokens), zero[..., 0].expand(-1, -1, tokens)
+
+
+def hadamard(dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Orthogonal matrix [dim, dim] float32 of Hadamard blocks, as large as the powers of two in ``dim`` allow.
+
+    Source: Sylvester's construction; its use on q and k after RoPE: QuaRot, arXiv:2404.00456, section 4.
+    """
+    block = dim & -dim
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    blocks: Tensor = torch.block_diag(*[matrix / math.sqrt(block)] * (dim // block))
+    return blocks.to(device)
 
 
 def _whole_steps(tokens: int) -> int:
