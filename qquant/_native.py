@@ -54,6 +54,14 @@ def gram() -> ModuleType | None:
     return module if module is not None and module.available() else None
 
 
+def describe(name: str) -> str:
+    """What a live module says of itself: instruction sets chosen, GPU architectures, devices; empty if nothing."""
+    import torch
+
+    operator = {"qquant._C": "cpu_kernel_info", "qquant._C_cuda": "cuda_build_info"}.get(name)
+    return str(getattr(torch.ops.qquant, operator)()) if operator else ""
+
+
 def load_torch_ops() -> None:
     """Load the kernels of csrc/ that add themselves to torch's operators; those not built leave the references."""
     for name in ("qquant._C", "qquant._C_cuda"):

@@ -164,7 +164,7 @@ def _native() -> Iterator[dict[str, Any]]:
 
     for name, live, why in _native.status():
         if live:
-            yield _row("native", name, "ok", "live")
+            yield _row("native", name, "ok", f"live; {about}" if (about := _native.describe(name)) else "live")
         else:
             yield _row("native", name, "absent", why, _native.REBUILD)
 

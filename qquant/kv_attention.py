@@ -51,14 +51,18 @@ class QuantizedStates:
         *,
         dtype: torch.dtype,
         bits: KVBits = 8,
+        offset: Tensor | None = None,
         rotation: Tensor | None = None,
         kernel: bool = True,
     ) -> None:
         self.codes, self.scale, self.zero = codes, scale, zero
         self.dtype = dtype
         self.bits: KVBits = bits
+        self.offset = offset
+        """[B, H, 1, D] float32 that was taken from every vector before it was stored, or None. Attention may ignore it
+        in keys: it adds the same to all scores of a query, and softmax does not see that."""
         self.rotation = rotation
-        """[D, D] float32 orthogonal matrix that the vectors were multiplied by before they were stored, or None."""
+        """[D, D] float32 orthogonal matrix that the vectors were multiplied by after that, or None."""
         self.kernel = kernel
         """False: plain torch instead of the compiled operators."""
 
@@ -77,11 +81,13 @@ class QuantizedStates:
         if self.bits == 4:
             return kv_ops.decode_int4(self.codes, self.scale, self.zero, self.dtype)
         recover = kv_ops.dequantize if self.kernel and self.scale.dtype == torch.float16 else kv_ops.decode
-        if self.rotation is None:
+        if self.rotation is None and self.offset is None:
             plain: Tensor = recover(self.codes, self.scale, self.zero, self.dtype)
             return plain
-        rotated: Tensor = recover(self.codes, self.scale, self.zero, torch.float32)
-        return (rotated @ self.rotation.T).to(self.dtype)
+        found: Tensor = recover(self.codes, self.scale, self.zero, torch.float32)
+        if self.rotation is not None:
+            found = found @ self.rotation.T
+        return (found if self.offset is None else found + self.offset).to(self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

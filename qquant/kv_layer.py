@@ -59,6 +59,7 @@ class Int8Layer(CacheLayerMixin):
         """Make the storage for tensors like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.rotation = hadamard(key_states.shape[-1], self.device) if self.key_rotation == "hadamard" else None
+        self.key_offset: Tensor | None = None
         self.key_store = TokenStore(key_states, scheme=self.scheme, reserve=self.reserve)
         if self.value_bits == 4 and value_states.shape[-1] % kv_ops.INT4_GROUP:
             raise UsageError(
@@ -74,7 +75,7 @@ class Int8Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, held = key_states.shape[2], self._visible()
-        self.key_store.append(self._rotate(key_states), kernel=self.use_cache_kernel)
+        self.key_store.append(self._easy_to_quantize(key_states), kernel=self.use_cache_kernel)
         self.value_store.append(value_states, kernel=self.use_cache_kernel)
         if self.exact_prefill and (not held or length > MAX_QUERIES):
             if not held:
@@ -93,13 +94,29 @@ class Int8Layer(CacheLayerMixin):
     def _states(self, count: int) -> tuple[QuantizedStates, QuantizedStates]:
         """The newest ``count`` keys and values."""
         kernel = self.use_cache_kernel and self.scheme == "token"
-        keys = QuantizedStates(*self.key_store.last(count), dtype=self.dtype, rotation=self.rotation, kernel=kernel)
+        keys = QuantizedStates(
+            *self.key_store.last(count),
+            dtype=self.dtype,
+            offset=self.key_offset,
+            rotation=self.rotation,
+            kernel=kernel,
+        )
         values = self.value_store.last(count)
         return keys, QuantizedStates(*values, dtype=self.dtype, bits=self.value_bits, kernel=kernel)
 
-    def _rotate(self, key_states: Tensor) -> Tensor:
-        # In float32: a rounding to bfloat16 before the one to 8 bits would cost as much as the latter.
-        return key_states if self.rotation is None else key_states.float() @ self.rotation
+    def _easy_to_quantize(self, key_states: Tensor) -> Tensor:
+        """Keys less the mean of the first call's, and rotated.
+
+        Channels that sit far from zero, as biased keys do, thus cost no range. In float32: a rounding to bfloat16
+        before the one to 8 bits would cost as much as the latter.
+        """
+        if self.scheme == "qwen" or not key_states.shape[2]:
+            return key_states
+        keys = key_states.float()
+        if self.key_offset is None:
+            self.key_offset = keys.mean(2, keepdim=True)
+        keys = keys - self.key_offset
+        return keys if self.rotation is None else keys @ self.rotation
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -115,7 +132,8 @@ class Int8Layer(CacheLayerMixin):
     def layer_past(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
         """((q_key, key_scale, key_zero_point), (q_value, value_scale, value_zero_point)), as Qwen documented them.
 
-        Views [B, H, T, D] uint8 and [B, H, T, 1]. Keys are rotated where ``key_rotation`` says so.
+        Views [B, H, T, D] uint8 and [B, H, T, 1]. Keys are stored less ``key_offset`` [B, H, 1, D], which no score
+        depends on but for a constant per query, and rotated where ``key_rotation`` says so.
         """
         pair = [store.last(self._visible()) for store in (self.key_store, self.value_store)]
         keys, values = [(codes, scale[..., None], zero[..., None]) for codes, scale, zero in pair]
@@ -123,13 +141,19 @@ class Int8Layer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory held, room not yet used included."""
-        return self.key_store.nbytes + self.value_store.nbytes if self.is_initialized else 0
+        """Bytes of memory held, room not yet used and the offset of the keys included."""
+        return self.key_store.nbytes + self.value_store.nbytes + self._fixed_bytes if self.is_initialized else 0
 
     @property
     def nbytes_used(self) -> int:
         """Bytes of the tokens held, without the room ahead."""
-        return self.key_store.nbytes_used + self.value_store.nbytes_used if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        return self.key_store.nbytes_used + self.value_store.nbytes_used + self._fixed_bytes
+
+    @property
+    def _fixed_bytes(self) -> int:
+        return 0 if self.key_offset is None else self.key_offset.untyped_storage().nbytes()
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
@@ -176,9 +200,11 @@ class Int8Layer(CacheLayerMixin):
             rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
             self.key_store.select(rows)
             self.value_store.select(rows)
+            if self.key_offset is not None:
+                self.key_offset = self.key_offset.index_select(0, rows.to(self.key_offset.device))
 
     def offload(self) -> None:
-        """Move the storage to the CPU."""
+        """Move the storage to the CPU; what does not grow stays."""
         if self.is_initialized:
             self.key_store.to("cpu")
             self.value_store.to("cpu")

@@ -17,7 +17,7 @@ from qquant.kv_ops import KVBits
 KVScheme = Literal["token", "qwen"]
 
 STEP = 64
-"""Room is a multiple of this many tokens."""
+"""Room that is not reserved is a multiple of this many tokens."""
 
 GROWTH = 32
 """A full store grows by one part in this many, so that room not yet used stays near 3 %."""
@@ -41,7 +41,7 @@ class TokenStore:
 
     def __init__(self, states: Tensor, *, scheme: KVScheme = "token", bits: KVBits = 8, reserve: int = 0) -> None:
         batch, heads, length, dim = states.shape
-        room = _whole_steps(max(length, min(reserve, length + RESERVE_AHEAD)))
+        room = max(_whole_steps(length), min(reserve, length + RESERVE_AHEAD))
         self.scheme: KVScheme = scheme
         self.bits: KVBits = bits
         self.tokens = 0

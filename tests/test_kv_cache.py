@@ -65,16 +65,23 @@ def stored(exact: Tensor) -> Tensor:
     return dequantize_cache_torch(*quantize_cache_v(exact))
 
 
+def stored_keys(exact: Tensor, offset: Tensor | None) -> Tensor:
+    """The same for keys, which are stored less an offset."""
+    return stored(exact) if offset is None else stored(exact - offset) + offset
+
+
 def assert_holds(ours: Int8Layer, theirs: DynamicLayer) -> None:
     assert ours.get_seq_length() == theirs.get_seq_length()
     if not theirs.get_seq_length():
         return
-    pairs: list[tuple[Any, Any]] = [(ours.keys, theirs.keys), (ours.values, theirs.values)]
-    for got, exact in pairs:
-        assert torch.equal(got, stored(exact))
-        # Half a step of each vector's own range, plus the float32 rounding of codes, zeros and the product.
-        scale = quantize_cache_v(exact)[1].float()
-        assert ((got - exact).abs() <= (0.5 + 2**-10) * scale).all()
+    zero = torch.zeros(1)
+    offset = zero if ours.key_offset is None else ours.key_offset
+    cases: list[tuple[Any, Any, Tensor]] = [(ours.keys, theirs.keys, offset), (ours.values, theirs.values, zero)]
+    for got, exact, taken in cases:
+        assert torch.equal(got, stored_keys(exact, taken))
+        # Half a step of each vector's own range, plus the float32 rounding of codes, zeros, the product and the offset.
+        scale = quantize_cache_v(exact - taken)[1].float()
+        assert ((got - exact).abs() <= (0.5 + 2**-10) * scale + 2**-22 * (exact.abs() + taken.abs())).all()
 
 
 def random_operation(rng: random.Random, generator: torch.Generator, ours: Int8Layer, theirs: DynamicLayer) -> None:
@@ -134,8 +141,8 @@ def test_a_sliding_layer_attends_to_what_an_uncompressed_one_does(window: int, r
         assert ours.get_seq_length() == theirs.get_seq_length()
         keys, values = draw(generator, 1, length)
         got, exact = ours.update(keys, values), theirs.update(keys, values)
-        for ours_now, theirs_now in zip(got, exact, strict=True):
-            assert torch.equal(ours_now, stored(theirs_now))
+        assert torch.equal(got[0], stored_keys(exact[0], ours.key_offset))
+        assert torch.equal(got[1], stored(exact[1]))
         if recording:
             count = rng.randint(0, length)
             ours.crop(-count)
@@ -169,14 +176,16 @@ def test_a_long_later_call_keeps_its_own_states_exact() -> None:
     generator, ours = torch.Generator().manual_seed(0), layer()
     first, second = draw(generator, 1, 40), draw(generator, 1, 30)
     ours.update(*first)
-    for got, past, new in zip(ours.update(*second), first, second, strict=True):
-        assert torch.equal(got, torch.cat([stored(past), new], 2))
+    keys, values = ours.update(*second)
+    assert torch.equal(keys, torch.cat([stored_keys(first[0], ours.key_offset), second[0]], 2))
+    assert torch.equal(values, torch.cat([stored(first[1]), second[1]], 2))
 
 
 def test_without_exact_prefill_every_call_sees_what_is_stored() -> None:
     keys, values = draw(torch.Generator().manual_seed(0), 1, 40)
-    got = layer(exact_prefill=False).update(keys, values)
-    assert torch.equal(got[0], stored(keys))
+    ours = layer(exact_prefill=False)
+    got = ours.update(keys, values)
+    assert torch.equal(got[0], stored_keys(keys, keys.mean(2, keepdim=True)))
     assert torch.equal(got[1], stored(values))
 
 
@@ -211,7 +220,7 @@ def test_rotated_keys_come_back_within_the_bound_of_their_rotation() -> None:
     keys, values = draw(torch.Generator().manual_seed(0), 1, 40)
     ours = layer(key_rotation="hadamard")
     ours.update(keys, values)
-    rotated = keys @ hadamard(DIM)
+    rotated = (keys - keys.mean(2, keepdim=True)) @ hadamard(DIM)
     # Rotating back keeps the length of the error vector; each of its entries was at most half a step.
     bound = (0.5 + 2**-8) * quantize_cache_v(rotated)[1].float() * DIM**0.5
     assert ours.keys is not None
@@ -222,7 +231,7 @@ def test_layer_past_is_what_qwen_documented() -> None:
     keys, values = draw(torch.Generator().manual_seed(0), 2, 7)
     ours = layer()
     ours.update(keys, values)
-    for got, exact in zip(ours.layer_past, (keys, values), strict=True):
+    for got, exact in zip(ours.layer_past, (keys - ours.key_offset, values), strict=True):
         for part, expected in zip(got, quantize_cache_v(exact), strict=True):
             assert torch.equal(part, expected)
 
@@ -234,9 +243,12 @@ def test_bytes_per_token_of_qwen_7b_are_0_516_of_bfloat16() -> None:
     states = torch.zeros(1, 32, 64, 128, dtype=torch.bfloat16)
     for index in range(32):
         cache.update(states, states, index)
-    assert cache.nbytes == cache.nbytes_used == 64 * 270_336
-    assert cache.nbytes_used / (64 * 524_288) == pytest.approx(0.516, abs=0.0005)
+    # Beside the tokens, one float32 offset of the keys per head and channel, whatever the length.
+    offsets = 32 * 32 * 128 * 4
+    assert cache.nbytes == cache.nbytes_used == 64 * 270_336 + offsets
+    assert 270_336 / 524_288 == pytest.approx(0.516, abs=0.0005)
     parts = [part for held in cache.layers for past in held.layer_past for part in past]
+    parts += [held.key_offset for held in cache.layers]
     assert cache.nbytes == sum(part.untyped_storage().nbytes() for part in parts)
 
 
@@ -257,7 +269,7 @@ def test_offloaded_layers_come_back_unchanged() -> None:
     ours.offload()
     ours.prefetch()
     assert ours.keys is not None
-    assert torch.equal(ours.keys, stored(keys))
+    assert torch.equal(ours.keys, stored_keys(keys, ours.key_offset))
 
 
 def test_offloading_moves_codes_and_numbers_together() -> None:
@@ -360,14 +372,15 @@ def test_four_bit_values_are_within_half_a_step_of_their_group() -> None:
     error = (ours.values - values).unflatten(-1, (-1, 32)).abs().amax(-1)
     assert (error <= 0.5 * (1 + 2**-9) * step).all()
     assert ours.keys is not None
-    assert torch.equal(ours.keys, stored(keys))
+    assert torch.equal(ours.keys, stored_keys(keys, ours.key_offset))
 
 
 def test_four_bit_values_take_0_414_of_bfloat16() -> None:
     ours = layer(value_bits=4)
     ours.update(*torch.zeros(2, 1, 2, 64, 128, dtype=torch.bfloat16))
-    assert ours.nbytes == 2 * 64 * ((128 + 4) + (64 + 4 * 4))
-    assert ours.nbytes / (2 * 64 * 512) == pytest.approx(0.414, abs=0.0005)
+    tokens = 2 * 64 * ((128 + 4) + (64 + 4 * 4))
+    assert ours.nbytes == tokens + 2 * 128 * 4
+    assert tokens / (2 * 64 * 512) == pytest.approx(0.414, abs=0.0005)
 
 
 def test_four_bit_values_live_through_every_method() -> None:
@@ -390,3 +403,29 @@ def test_four_bit_values_live_through_every_method() -> None:
 def test_four_bit_values_need_whole_groups() -> None:
     with pytest.raises(UsageError, match="multiple of 32, got 16"):
         layer(value_bits=4).update(*draw(torch.Generator().manual_seed(0), 1, 3))
+
+
+def test_channels_far_from_zero_cost_their_neighbours_nothing() -> None:
+    keys, values = draw(torch.Generator().manual_seed(0), 1, 40)
+    biased = keys.clone()
+    biased[..., 3] += 100
+    plain, ours = layer(), layer()
+    plain.update(keys, values)
+    ours.update(biased, values)
+    assert plain.keys is not None
+    assert ours.keys is not None
+    # The same codes but for float32's rounding of 100 + x, 2**-18, which can move a value over the edge of a code.
+    step = quantize_cache_v(keys - keys.mean(2, keepdim=True))[1].float()
+    assert ((ours.keys - biased).abs() <= (0.5 + 2**-10) * step + 2**-16).all()
+
+
+def test_the_offset_of_the_keys_is_that_of_the_first_call() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = draw(generator, 2, 9), draw(generator, 2, 3)
+    ours = layer()
+    ours.update(*first)
+    ours.update(*second)
+    assert ours.key_offset is not None
+    assert torch.equal(ours.key_offset, first[0].mean(2, keepdim=True))
+    ours.batch_select_indices(torch.tensor([1]))
+    assert torch.equal(ours.key_offset, first[0][1:].mean(2, keepdim=True))

@@ -24,6 +24,9 @@ _log = logging.getLogger("qquant")
 SPREAD = 3.0
 """Standard deviations above its mean at which a channel's largest value is guessed without data."""
 
+CONTEXT = 1024
+"""Tokens of a typical prompt. The cache stores keys less their mean over it, which takes away what rotates slowly."""
+
 Factors = dict[str, Tensor]
 """Attention module by name -> [H, D / 2] float32 powers of two that its keys were divided by."""
 
@@ -54,7 +57,7 @@ def fold_keys(model: nn.Module, config: Any, samples: Sequence[Tensor] | None = 
         model: a causal language model for which ``can_fold`` holds. Weights are modified in place.
         config: its text config.
         samples: token ids [tokens] or [B, tokens] int64 to measure keys on; None guesses them from the weights, which
-            is nearly as good: a channel's bias, its row of k_proj, and the weight of the norm before it.
+            is as good: a channel's bias, its row of k_proj, and the weight of the norm before it.
 
     Returns:
         What was divided, for ``unfold_keys``; modules without outliers are left out and untouched.
@@ -66,7 +69,8 @@ def fold_keys(model: nn.Module, config: Any, samples: Sequence[Tensor] | None = 
     for name, pairs in found.items():
         if any(parameter.is_meta for parameter in pairs.attention.parameters()):
             raise UsageError(f"key folding rewrites weights, but those of {name} are not in memory; choose 'hadamard'")
-    sizes = _measure(model, found, samples) if samples is not None else _guess(model, found)
+    left = _left_by_centring(model)
+    sizes = _measure(model, found, left, samples) if samples is not None else _guess(model, found, left)
     factors: Factors = {}
     for name, size in sizes.items():
         # Relative to the median pair, which stays; rounding leaves everything below 1.4 times of it alone.
@@ -97,22 +101,34 @@ def _shape(attention: Any, config: Any) -> tuple[int, int]:
     return attention.k_proj.out_features // dim, dim
 
 
-def _guess(model: nn.Module, found: dict[str, _Pairs]) -> dict[str, Tensor]:
+def _left_by_centring(model: nn.Module) -> Tensor:
+    """Share [D / 2] of a constant key channel's size that remains when the mean over the context is taken away.
+
+    Rotated by an angle t per token, n constant unit vectors have a mean of length r = sin(nt/2) / (n sin(t/2)), and
+    their differences from it a root mean square of sqrt(1 - r^2).
+    """
+    angle = next(tensor for name, tensor in model.named_buffers() if name.endswith("rotary_emb.inv_freq")).double() / 2
+    mean = (CONTEXT * angle).sin() / (CONTEXT * angle.sin())
+    return (1 - mean**2).clamp(min=0).sqrt().float()
+
+
+def _guess(model: nn.Module, found: dict[str, _Pairs], left: Tensor) -> dict[str, Tensor]:
     """Size of every rotary pair [H, D / 2] from the weights alone."""
     sizes = {}
     for name, pairs in found.items():
         half = (pairs.kv_heads, 2, pairs.dim // 2)
         if pairs.normed:
             # A normed head has unit mean square before the norm's weight.
-            channel = pairs.attention.k_norm.weight.detach().float().abs().expand(pairs.kv_heads, -1)
+            channel = pairs.attention.k_norm.weight.detach().float().abs().expand(pairs.kv_heads, -1).reshape(half)
         else:
             linear = pairs.attention.k_proj
             weight = linear.dequantized() if isinstance(linear, QuantLinear) else linear.weight.detach()
             # Its input, a normed vector, has unit mean square before the norm's weight.
             scaled = weight.float() * _norm_before(model, name).to(weight.device)
-            bias = 0.0 if linear.bias is None else linear.bias.detach().float().abs()
-            channel = bias + SPREAD * scaled.norm(dim=1)
-        sizes[name] = channel.reshape(half).norm(dim=1)
+            channel = SPREAD * scaled.norm(dim=1).reshape(half)
+            if linear.bias is not None:
+                channel = channel + linear.bias.detach().float().abs().reshape(half) * left.to(weight.device)
+        sizes[name] = channel.norm(dim=1)
     return sizes
 
 
@@ -122,14 +138,17 @@ def _norm_before(model: nn.Module, name: str) -> Tensor:
     return block.get_parameter("input_layernorm.weight").detach().float()
 
 
-def _measure(model: nn.Module, found: dict[str, _Pairs], samples: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Size of every rotary pair [H, D / 2]: the largest over all tokens of the samples."""
+def _measure(model: nn.Module, found: dict[str, _Pairs], left: Tensor, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Size of every rotary pair [H, D / 2]: the largest over all tokens of the samples, each less its own mean."""
     sizes = {name: torch.zeros(pairs.kv_heads, pairs.dim // 2) for name, pairs in found.items()}
 
     def watch(name: str, pairs: _Pairs) -> Any:
         def hook(_module: nn.Module, _inputs: Any, keys: Tensor) -> None:
-            halves = keys.detach().float().reshape(-1, pairs.kv_heads, 2, pairs.dim // 2)
-            sizes[name] = torch.maximum(sizes[name], halves.norm(dim=2).amax(0).cpu())
+            # Keys before rotation, [B, tokens, H, 2, D / 2]: what is left of their mean is what rotates away from it.
+            halves = keys.detach().float().reshape(*keys.shape[:2], pairs.kv_heads, 2, pairs.dim // 2)
+            mean = halves.mean(1, keepdim=True)
+            halves = halves - mean * (1 - left.to(halves.device))
+            sizes[name] = torch.maximum(sizes[name], halves.norm(dim=3).amax((0, 1)).cpu())
 
         source = pairs.attention.k_norm if pairs.normed else pairs.attention.k_proj
         return source.register_forward_hook(hook)
