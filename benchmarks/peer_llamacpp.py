@@ -1,7 +1,8 @@
 """llama.cpp's side of the decode attention benchmark: ggml's fused attention over a q8_0 or f16 cache, one thread.
 
 Runs in an environment of its own with the package xllamacpp, whose library exports ggml's functions; they are called
-through ctypes on random data, several caches in turn so that keys and values come from memory. Imports nothing of qquant.
+through ctypes on random data, several caches in turn so that keys and values come from memory. Imports nothing of
+qquant.
 Prints one JSON object per shape.
 """
 
