@@ -2,8 +2,8 @@
 
 Real models of that family have key biases of a hundred and more in a few channels. Here, per KV head: two random
 rotary pairs of channels are scaled up in k_proj and down in q_proj, which changes no score, and a large constant is
-added to the bias of the pair that rotates slowest, which adds nearly the same to every score of a query, so that softmax
-ignores it.
+added to the bias of the pair that rotates slowest, which adds nearly the same to every score of a query and is lost in
+softmax.
 """
 
 from __future__ import annotations
