@@ -43,7 +43,7 @@ def main() -> None:
     prompts = torch.stack([ids[i * stride : i * stride + args.prompt_tokens] for i in range(args.prompts)])
 
     def run(dtype: torch.dtype, switch: Callable[[Any], Any] | None = None) -> Tensor:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
         if switch is not None:
             switch(model)
         options = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens, "do_sample": False}

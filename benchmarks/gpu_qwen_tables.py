@@ -32,7 +32,7 @@ LENGTHS: dict[int, tuple[float | None, float]] = {
 STEPS = 24
 """Tokens that are really decoded after the cache has been filled; the first four warm up."""
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "qwen-7b": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "vocab_size": 151936,

@@ -1,19 +1,17 @@
-"""``python -m qquant.eval``: what quantizing cost, candidates against their baseline on one text.
+"""``python -m qquant.eval``: what quantizing cost, of weights against their baseline and of the KV cache, on one text.
 
 The recipe, top to bottom: resolve the folders, read and tokenize the text, load the models, score them in one pass,
-time them in turns, write the report. Every step's own room does the work; torch is imported inside.
+time them in turns, measure their KV caches, write the report. Every step's own room does the work; torch is imported
+inside.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 import logging
 import math
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,18 +21,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qquant.console import user_errors
-from qquant.errors import BadDataError, BadModelError, DoesNotFitError, QquantError, UsageError
+from qquant.errors import BadModelError, DoesNotFitError, QquantError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from qquant.accuracy import Accuracy
+    from qquant.kv_report import KVCacheCost
     from qquant.measure import Memory, Speed
     from qquant.report import Data, EvalReport, LayerError, ModelRow
 
 OnProgress = Callable[[str, int, int], None]
 """(what is being done, how far, of how much)."""
+
+KV_CACHES = ("int8",)
+"""What ``--kv-cache`` may name."""
 
 _SAFE: Any = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 # What transformers and torch raise when a folder makes no sense.
@@ -54,6 +56,8 @@ def evaluate_checkpoints(
     seed: int = 0,
     speed: bool = True,
     threads: int | None = None,
+    kv_cache: str | None = None,
+    kv_tokens: int = 16384,
     command: str = "evaluate_checkpoints() from Python",
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> EvalReport:
@@ -63,16 +67,18 @@ def evaluate_checkpoints(
 
     Args:
         baseline: folder or hub id of the original; its tokenizer cuts the text.
-        candidates: folders or hub ids, quantized or not.
+        candidates: folders or hub ids, quantized or not; none only where a KV cache is measured.
         data: UTF-8 text, or the same gzipped under a name that ends in ``.gz``.
         seq_len: tokens per window.
         stride: tokens scored per window, 1 to ``seq_len``; None: half of it.
         max_tokens: use only this many tokens from the start of the text.
         device: "auto", "cpu", "cuda", "cuda:1" ...
         dtype: compute dtype of all models; "auto": the baseline's, but float32 for float16 on a CPU.
-        seed: of torch's generators. Nothing is drawn at random today.
+        seed: of torch's generators, and of the needles of ``kv_cache``. Nothing else is drawn at random today.
         speed: also time prefill and decode.
         threads: CPU threads for torch, set for the whole process; None leaves them alone.
+        kv_cache: "int8": also measure what keys and values in 8 bits cost; None: leave that out.
+        kv_tokens: tokens of the text that this is measured on, in whole windows.
         command: what the report says it was made by.
         on_progress: told what is being done.
 
@@ -83,33 +89,42 @@ def evaluate_checkpoints(
 
     from qquant.accuracy import windows
     from qquant.calibrate import check_tokenizer
+    from qquant.eval_inputs import common_dtype, labelled, prompt_length, read_ids
+    from qquant.kv_schemes import check_cacheable
     from qquant.report import Data
-    from qquant.sources import load_tokenizer, pick_device, resolve_folder
+    from qquant.sources import load_tokenizer, pick_device, read_config, resolve_folder
 
     stride = max(1, seq_len // 2) if stride is None else stride
     list(windows(2, seq_len=seq_len, stride=stride))  # refuses a bad pair now and not after the models are loaded
-    if not candidates:
-        raise UsageError("an evaluation needs at least one candidate, got none; give --candidate")
-    if any(count is not None and count < 1 for count in (max_tokens, threads)):
-        raise UsageError(f"max_tokens and threads must be at least 1, got {max_tokens} and {threads}")
+    if kv_cache not in (None, *KV_CACHES):
+        raise UsageError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
+    if not candidates and kv_cache is None:
+        raise UsageError("an evaluation needs at least one candidate, got none; give --candidate or --kv-cache int8")
+    if any(count is not None and count < 1 for count in (max_tokens, threads, kv_tokens)):
+        raise UsageError(
+            f"max_tokens, threads and kv_tokens must be at least 1, got {max_tokens}, {threads} and {kv_tokens}"
+        )
     where = pick_device(device)
-    folders = _labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
+    folders = labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
     first = next(iter(folders))
-    compute, prompt_len = _compute_dtype(folders[first], dtype, where), _prompt_length(folders.values(), seq_len)
+    compute, prompt_len = common_dtype(folders[first], dtype, where), prompt_length(folders.values(), seq_len)
+    for folder in folders.values() if kv_cache else ():
+        check_cacheable(read_config(folder))
     tokenizer = load_tokenizer(folders[first])
     if warning := check_tokenizer(tokenizer, folders[first]):
         logging.getLogger("qquant").warning("%s", warning)
-    ids, digest = _read_ids(Path(data), tokenizer, seq_len, max_tokens)
+    ids, digest = read_ids(Path(data), tokenizer, seq_len, max_tokens)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     try:
         timed = ids[:prompt_len] if speed and prompt_len else None
-        rows = _run(folders, ids, compute, where, seq_len, stride, prompt=timed, tell=on_progress)
+        models, rows = _run(folders, ids, compute, where, seq_len, stride, prompt=timed, tell=on_progress)
+        cost = _kv_cost(models, ids, where, seq_len, kv_tokens, seed, on_progress) if kv_cache else None
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(f"the models do not fit the device together; try --device cpu: {error}") from error
     text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), seq_len=seq_len, stride=stride)
-    return _report(rows, compute, where, data=text, seed=seed, command=command)
+    return _report(rows, cost, compute, where, data=text, seed=seed, command=command)
 
 
 def _run(
@@ -122,7 +137,7 @@ def _run(
     *,
     prompt: Tensor | None,
     tell: OnProgress,
-) -> list[ModelRow]:
+) -> tuple[dict[str, Any], list[ModelRow]]:
     """Load every model, score them in one pass and time them in turns; ``prompt`` None: do not time."""
     import torch
 
@@ -152,20 +167,37 @@ def _run(
     if prompt is not None:
         tell("timing", 0, 1)
         speeds = measure_speed({label: step_fn(model) for label, model in models.items()}, prompt[None].to(device))
-    return _rows(folders, {first: base, **rest}, memory, speeds)
+    return models, _rows(folders, {first: base, **rest}, memory, speeds)
+
+
+def _kv_cost(
+    models: dict[str, Any], ids: Tensor, device: torch.device, window: int, max_tokens: int, seed: int, tell: OnProgress
+) -> KVCacheCost:
+    from qquant.kv_accuracy import measure_kv_cache
+
+    return measure_kv_cache(models, ids, device, window=window, max_tokens=max_tokens, seed=seed, tell=tell)
 
 
 def evaluate_command(
     baseline: Annotated[str, typer.Option(help="Folder or hub id of the original model.")],
-    candidate: Annotated[list[str], typer.Option(help="Folder or hub id to compare with it; repeatable.")],
-    data: Annotated[Path, typer.Option(help="Text to evaluate on: UTF-8, .gz allowed.")],
     out: Annotated[Path, typer.Option(help="Folder to make for the report.")],
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or hub id to compare with it; repeatable, optional with --kv-cache."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text to evaluate on: UTF-8, .gz allowed; default: the baseline's eval.txt.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option("--kv-cache", help="Also measure what this KV cache costs: int8.")
+    ] = None,
+    kv_tokens: Annotated[int, typer.Option("--kv-tokens", min=1, help="Tokens to measure that on.")] = 16384,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per window.")] = 512,
     stride: Annotated[int | None, typer.Option(help="Tokens scored per window; default: half of --seq-len.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Use only the first tokens.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of torch's generators.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of torch's generators and the needles.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also time prefill and decode.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
@@ -174,6 +206,7 @@ def evaluate_command(
     """Compare quantized models with their original. The report's path goes to stdout, all else to stderr."""
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+        from qquant.eval_inputs import own_text
         from qquant.progress import quiet_transformers
         from qquant.publish import Kind, published, refuse_existing
         from qquant.report import shown_command, write_report
@@ -186,8 +219,8 @@ def evaluate_command(
         with _shown_progress() as on_progress:
             report = evaluate_checkpoints(
                 baseline,
-                candidate,
-                data,
+                candidate or [],
+                own_text(baseline) if data is None else data,
                 seq_len=seq_len,
                 stride=stride,
                 max_tokens=max_tokens,
@@ -196,6 +229,8 @@ def evaluate_command(
                 seed=seed,
                 speed=speed,
                 threads=threads,
+                kv_cache=kv_cache,
+                kv_tokens=kv_tokens,
                 command=shown_command([*typed, *sys.argv[1:]]),
                 on_progress=on_progress,
             )
@@ -216,60 +251,6 @@ def _shown_progress() -> Iterator[OnProgress]:
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
 
 
-def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders by their own names (a hub snapshot's by its model's), numbered where a name comes twice."""
-    result: dict[str, Path] = {}
-    for folder in folders:
-        place = folder.resolve()
-        name = place.parent.parent.name.rpartition("--")[2] if place.parent.name == "snapshots" else place.name
-        number = sum(label == name or label.startswith(f"{name}#") for label in result) + 1
-        result[name if number == 1 else f"{name}#{number}"] = folder
-    return result
-
-
-def _compute_dtype(baseline: Path, name: str, device: torch.device) -> torch.dtype:
-    """The one dtype that every model computes in."""
-    import torch
-
-    from qquant.sources import compute_dtype, pick_dtype, read_config
-
-    asked = pick_dtype(name)
-    return asked or compute_dtype(getattr(read_config(baseline), "dtype", None) or torch.float32, device)
-
-
-def _prompt_length(folders: Iterable[Path], seq_len: int) -> int:
-    """How long a prompt leaves every model the positions that timing decodes into; 0: none. Refuses a long window."""
-    from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
-    from qquant.sources import read_config
-
-    named = [getattr(read_config(folder).get_text_config(), "max_position_embeddings", None) for folder in folders]
-    limit = min((int(positions) for positions in named if positions), default=None)
-    if limit is None:
-        return seq_len
-    if seq_len > limit:
-        raise UsageError(f"seq_len must not exceed what the models were made for, {limit} tokens, got {seq_len}")
-    return max(0, min(seq_len, limit - DECODE_TOKENS * DECODE_ROUNDS))
-
-
-def _read_ids(path: Path, tokenizer: Any, seq_len: int, max_tokens: int | None) -> tuple[Tensor, str]:
-    """The text as [tokens] int64 ids without special tokens, and the sha256 of the file."""
-    import torch
-
-    if not path.is_file():
-        raise BadDataError(f"evaluation data must be one text file, and {path} is none")
-    content = path.read_bytes()
-    try:
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadDataError(f"evaluation data must be UTF-8 text (gzipped if named .gz), {path}: {error}") from error
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    if len(ids) <= seq_len:
-        raise BadDataError(
-            f"a text must have more than seq_len ({seq_len}) tokens, {path.name} gives {len(ids)}; lower --seq-len"
-        )
-    return torch.tensor(ids, dtype=torch.int64), hashlib.sha256(content).hexdigest()
-
-
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a quantized folder with its packed linears and any other plainly; never with code of its own."""
     import torch
@@ -283,7 +264,8 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     options: Any = {"dtype": dtype, "device_map": None if device.type == "cpu" else {"": str(device)}}
     try:
         if _quantization_keys(folder):
-            return load_quantized(folder, **options).eval()
+            # Its cache must be off whatever its config says: a folded model is no starting point for --kv-cache.
+            return load_quantized(folder, use_cache_quantization=False, **options).eval()
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **_SAFE, **options)
     except (QquantError, torch.OutOfMemoryError):
         raise
@@ -355,7 +337,14 @@ def _layer_errors(folder: Path) -> tuple[LayerError, ...]:
 
 
 def _report(
-    rows: Sequence[ModelRow], dtype: torch.dtype, device: torch.device, *, data: Data, seed: int, command: str
+    rows: Sequence[ModelRow],
+    kv_cache: KVCacheCost | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    data: Data,
+    seed: int,
+    command: str,
 ) -> EvalReport:
     """The record, with this moment and this machine."""
     import qquant
@@ -370,6 +359,7 @@ def _report(
         environment=Environment(**asdict(environment(device, qquant_version=qquant.__version__))),
         data=data,
         rows=tuple(rows),
+        kv_cache=kv_cache,
     )
 
 

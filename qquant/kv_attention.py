@@ -173,7 +173,7 @@ def _attend(
     if options.get("dropout") or options.get("is_causal") is False:
         unknown.append("dropout or no causality")
     if unknown:
-        _say_once(f"the int8 attention kernel does not know {', '.join(unknown)}: keys and values were dequantized")
+        say_once(f"the int8 attention kernel does not know {', '.join(unknown)}: keys and values were dequantized")
         result: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[base](
             module, query, key.dequantize(), value.dequantize(), mask, **options
         )
@@ -209,7 +209,8 @@ def _full_mask(
 _said: set[str] = set()
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn of something that was not used, but not at every step of a generation."""
     if message not in _said:
         _said.add(message)
         _log.warning(message)

@@ -6,7 +6,6 @@ kv_attention.py's, and what is done about outlier keys models/key_fold.py's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -23,8 +22,6 @@ from qquant.kv_layer import Int8Layer, Int8SlidingLayer, KeyRotation
 from qquant.kv_ops import KVBits
 from qquant.kv_store import KVScheme, encode_as_qwen
 from qquant.models.key_fold import Factors, can_fold, fold_keys, unfold_keys
-
-_log = logging.getLogger("qquant")
 
 KeyTransform = Literal["auto", "fold", "hadamard", "none"]
 
@@ -147,10 +144,9 @@ class Int8KVCache(Cache):
             offloading=offloading,
         )
         if not kv_attention.adopt(text_config):
-            _log.warning(
-                "attn_implementation %r takes no integers: keys and values are dequantized at every step; "
-                "sdpa or flash_attention_2 would let the int8 kernel run",
-                text_config._attn_implementation,
+            kv_attention.say_once(
+                f"attn_implementation {text_config._attn_implementation!r} takes no integers: keys and values are "
+                "dequantized at every step; sdpa or flash_attention_2 would let the int8 kernel run"
             )
 
     @property

@@ -1,7 +1,7 @@
 """The record of an evaluation as JSON, and the Markdown and pictures that are drawn from that record alone.
 
 Pydantic models only: strict, frozen, JSON in and out. Nothing here measures; a field that was not measured is None
-and is printed as such, never guessed.
+and is printed as such, never guessed. What a KV cache costs has its own record and section in kv_report.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from qquant import kv_report
 from qquant.errors import BadDataError
+from qquant.kv_report import KVCacheCost
+from qquant.records import MB, NOT_MEASURED, PERCENT, Accuracy, Environment, Memory, Speed, Strict, field, shown, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOT_MEASURED = "not measured"
+__all__ = [
+    "Accuracy", "Data", "Environment", "EvalReport", "KVCacheCost", "LayerError", "Memory", "ModelRow", "Ratios",
+    "Speed", "ratios_to_baseline", "report_from_json", "shown_command", "to_markdown", "write_report",
+]  # fmt: skip
 
 _LOG = logging.getLogger("qquant.report")
 _MEGA = 1e6
@@ -34,7 +40,6 @@ _KIND_OF = {
 }  # fmt: skip
 _MARKERS = "osD^vP*X"
 
-_MB, _PERCENT = "MB", "%"
 _TABLES = {
     # heading, field of the row, format; a comparison is a dash in the baseline's own row
     "Accuracy": (
@@ -45,13 +50,13 @@ _TABLES = {
         ("mean KL (nats)", "accuracy.kl_mean_nats", ".3g"),
         ("p99 KL (nats)", "accuracy.kl_p99_nats", ".3g"),
         ("max KL (nats)", "accuracy.kl_max_nats", ".3g"),
-        ("same top-1", "accuracy.top1_agreement", _PERCENT),
+        ("same top-1", "accuracy.top1_agreement", PERCENT),
     ),
     "Size": (
-        ("weights (MB)", "weights_bytes", _MB),
+        ("weights (MB)", "weights_bytes", MB),
         ("ratio", "ratios.weights_bytes", ".3f"),
         ("bits per weight", "bits_per_weight", ".2f"),
-        ("folder (MB)", "folder_bytes", _MB),
+        ("folder (MB)", "folder_bytes", MB),
     ),
     "Speed, one sequence at a time": (
         ("prompt tokens", "speed.prompt_tokens", "d"),
@@ -62,70 +67,15 @@ _TABLES = {
         ("ratio", "ratios.decode_tokens_per_second", ".3f"),
     ),
     "Memory": (
-        ("tensors (MB)", "memory.tensor_bytes", _MB),
+        ("tensors (MB)", "memory.tensor_bytes", MB),
         ("ratio", "ratios.tensor_bytes", ".3f"),
-        ("RSS before (MB)", "memory.rss_before_bytes", _MB),
-        ("peak RSS (MB)", "memory.peak_rss_bytes", _MB),
-        ("CUDA before (MB)", "memory.cuda_before_bytes", _MB),
-        ("peak CUDA (MB)", "memory.cuda_peak_bytes", _MB),
+        ("RSS before (MB)", "memory.rss_before_bytes", MB),
+        ("peak RSS (MB)", "memory.peak_rss_bytes", MB),
+        ("CUDA before (MB)", "memory.cuda_before_bytes", MB),
+        ("peak CUDA (MB)", "memory.cuda_peak_bytes", MB),
     ),
 }
 _COMPARISONS = ("ratios.", "accuracy.kl_", "accuracy.nll_difference", "accuracy.top1")
-
-
-class Strict(BaseModel):
-    """A frozen record in which an unknown, mistyped or non-finite field is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Accuracy(Strict):
-    """See ``qquant.accuracy.Accuracy``, which this stores field by field."""
-
-    tokens: int
-    nll_mean_nats: float
-    perplexity: float
-    nll_difference_nats: float | None
-    nll_difference_stderr_nats: float | None
-    kl_mean_nats: float | None
-    kl_p99_nats: float | None
-    kl_max_nats: float | None
-    top1_agreement: float | None
-
-
-class Speed(Strict):
-    """See ``qquant.measure.Speed``, which this stores field by field."""
-
-    prompt_tokens: int
-    decode_tokens: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    prefill_seconds: tuple[float, ...]
-    decode_seconds: tuple[float, ...]
-
-
-class Memory(Strict):
-    """See ``qquant.measure.Memory``, which this stores field by field."""
-
-    tensor_bytes: int | None
-    rss_before_bytes: int | None
-    peak_rss_bytes: int | None
-    peak_rss_source: str
-    cuda_before_bytes: int | None
-    cuda_peak_bytes: int | None
-
-
-class Environment(Strict):
-    """See ``qquant.measure.Environment``, which this stores field by field."""
-
-    python: str
-    torch: str
-    transformers: str
-    qquant: str
-    platform: str
-    cpu: str
-    threads: int
-    device: str
 
 
 class Data(Strict):
@@ -199,6 +149,15 @@ class EvalReport(Strict):
     rows: tuple[ModelRow, ...]
     plots: tuple[str, ...] = ()
     """File names of the pictures that lie beside the report."""
+    kv_cache: KVCacheCost | None = None
+    """Absent from the JSON of an evaluation that was not asked for it."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_asked_for(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.kv_cache is None:
+            content.pop("kv_cache", None)
+        return content
 
 
 def shown_command(argv: Sequence[str]) -> str:
@@ -258,35 +217,31 @@ def to_markdown(report: EvalReport) -> str:
     data, env = report.data, report.environment
     facts = {"command": f"`{report.command}`", "created": report.created, "seed": report.seed, **dict(env)}
     sources = sorted({row.memory.peak_rss_source for row in report.rows if row.memory})
+    candidates = [row.label for row in report.rows if row.role == "candidate"]
+    cost, drawn = report.kv_cache, kv_report.PICTURE in report.plots
     parts = [
-        f"# Evaluation of {', '.join(row.label for row in report.rows if row.role == 'candidate')}",
+        f"# Evaluation of {', '.join(candidates or [row.label for row in report.rows])}",
         f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
         f"stride {data.stride}. All models ran in {report.compute_dtype} on {env.device}.",
-        *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in _TABLES.items()],
+        *[f"## {title}\n\n{_modelstable(report.rows, columns)}" for title, columns in _TABLES.items()],
         f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(sources) or NOT_MEASURED}.",
         *_worst_layers(report.rows),
-        *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots],
-        "## How it was run\n\n" + _table(("what", "value"), [(name, str(value)) for name, value in facts.items()]),
+        *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots if name != kv_report.PICTURE],
+        *(kv_report.kv_sections(cost, compute_dtype=report.compute_dtype, picture=drawn) if cost else []),
+        "## How it was run\n\n" + table(("what", "value"), [(name, str(value)) for name, value in facts.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _models_table(rows: Sequence[ModelRow], columns: Sequence[tuple[str, str, str]]) -> str:
+def _modelstable(rows: Sequence[ModelRow], columns: Sequence[tuple[str, str, str]]) -> str:
     body = [[_name(row), _weights(row), *[_cell(row, path, spec) for _, path, spec in columns]] for row in rows]
-    return _table(["model", "stored as", *[heading for heading, _, _ in columns]], body)
+    return table(["model", "stored as", *[heading for heading, _, _ in columns]], body)
 
 
 def _cell(row: ModelRow, path: str, spec: str) -> str:
     if row.role == "baseline" and path.startswith(_COMPARISONS):
         return "-"
-    value: Any = row
-    for name in path.split("."):
-        value = None if value is None else getattr(value, name)
-    if value is None:
-        return NOT_MEASURED
-    if spec == _MB:
-        return f"{value / _MEGA:.2f}"
-    return f"{100 * value:.2f} %" if spec == _PERCENT else format(value, spec)
+    return shown(field(row, path), spec)
 
 
 def _worst_layers(rows: Sequence[ModelRow]) -> list[str]:
@@ -295,7 +250,7 @@ def _worst_layers(rows: Sequence[ModelRow]) -> list[str]:
         worst = sorted(row.layer_errors, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
         body += [(_errors_of(row), f"`{layer.name}`", f"{layer.relative_error:.3g}") for layer in worst]
     head = ("model", "layer", "relative error")
-    return [f"## Layers with the largest error\n\n{_table(head, body)}"] if body else []
+    return [f"## Layers with the largest error\n\n{table(head, body)}"] if body else []
 
 
 def _name(row: ModelRow) -> str:
@@ -314,26 +269,25 @@ def _weights(row: ModelRow) -> str:
     return f"{row.bits}-bit {row.method or ''}".rstrip() + group
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
 def _draw(report: EvalReport, folder: Path) -> list[str]:
     """Draw every picture the record has data for; say in the log which was not drawn and why."""
+    pictures: dict[str, Callable[[Figure], str | None]] = {}
+    if any(row.role == "candidate" for row in report.rows) or report.kv_cache is None:
+        pictures["layer-error.png"] = lambda figure: _draw_layer_errors(figure, report)
+        pictures["size-kl.png"] = lambda figure: _draw_size_kl(figure, report)
+    if (cost := report.kv_cache) is not None:
+        pictures[kv_report.PICTURE] = lambda figure: kv_report.draw_kv_outliers(figure, cost)
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        _LOG.warning(
-            "layer-error.png and size-kl.png were not drawn: matplotlib is missing, pip install 'qquant[plots]'"
-        )
+        _LOG.warning("not drawn: %s; matplotlib is missing, pip install 'qquant[plots]'", ", ".join(pictures))
         return []
     drawn = []
-    for name, draw in (("layer-error.png", _draw_layer_errors), ("size-kl.png", _draw_size_kl)):
+    for name, draw in pictures.items():
         # Not pyplot: it keeps global state and would pick a window system.
         figure = Figure(dpi=150, layout="constrained")
 
-        reason = draw(figure, report)
+        reason = draw(figure)
         if reason:
             _LOG.warning("%s was not drawn: %s", name, reason)
             continue

@@ -173,11 +173,24 @@ def test_a_log_that_is_no_log_is_refused(tiny_qwen2: Path, text: Path, tmp_path:
         ({"seq_len": 512}, UsageError, "256 tokens"),
         ({"max_tokens": 0}, UsageError, "max_tokens"),
         ({"threads": 0}, UsageError, "threads"),
+        ({"kv_cache": "int4"}, UsageError, "kv_cache must be one of int8, got 'int4'"),
+        ({"kv_cache": "int8", "kv_tokens": 0}, UsageError, "kv_tokens"),
         ({"seq_len": 256, "max_tokens": 256}, BadDataError, "lower --seq-len"),
         ({"dtype": "int4"}, UsageError, "dtype"),
         ({"device": "quantum"}, UsageError, "device"),
     ],
-    ids=["stride", "window", "positions", "max_tokens", "threads", "short_text", "dtype", "device"],
+    ids=[
+        "stride",
+        "window",
+        "positions",
+        "max_tokens",
+        "threads",
+        "kv_cache",
+        "kv_tokens",
+        "short_text",
+        "dtype",
+        "device",
+    ],
 )
 def test_an_option_that_cannot_be_followed_is_refused(
     tiny_qwen2: Path, text: Path, options: dict[str, Any], error: type[Exception], words: str
@@ -228,6 +241,89 @@ def test_a_candidate_with_another_vocabulary_is_refused(tiny_qwen2: Path, checkp
     wide = checkpoint("qwen2", vocab_size=400)
     with pytest.raises(BadModelError, match="vocabulary"):
         evaluate_checkpoints(tiny_qwen2, [wide], text, seq_len=16, max_tokens=40, speed=False)
+
+
+def test_the_kv_cache_of_a_model_alone_is_evaluated_on_its_own_text(
+    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "report"
+    shutil.copytree(tiny_qwen2, folder)
+    shutil.copy(text, folder / "eval.txt")
+    words = ["--baseline", folder, "--kv-cache", "int8", "--out", out, "--seq-len", 80, "--max-tokens", 200]
+    result = run(*words, "--kv-tokens", 80, "--seed", 5, "--no-speed")
+    assert result.exit_code == 0, result.stderr
+    report = report_from_json((out / "report.json").read_bytes())
+    assert [row.label for row in report.rows] == ["model"]
+    assert report.kv_cache is not None
+    assert [scheme.name for scheme in report.kv_cache.models[0].schemes] == ["published", "none", "hadamard", "fold"]
+    assert (report.kv_cache.windows, report.kv_cache.window, report.kv_cache.seed) == (1, 80, 5)
+    assert {row.length for row in report.kv_cache.needles} == {80}
+    markdown = (out / "report.md").read_text()
+    assert "## KV cache" in markdown
+    assert str(tmp_path) not in markdown + (out / "report.json").read_text()
+
+
+def test_the_kv_cache_of_every_candidate_is_measured(tiny_qwen2: Path, other: Path, text: Path) -> None:
+    options: dict[str, Any] = {"seq_len": 32, "max_tokens": 65, "speed": False}
+    plain = evaluate_checkpoints(tiny_qwen2, [other], text, **options)
+    found = evaluate_checkpoints(tiny_qwen2, [other], text, kv_cache="int8", **options)
+    assert found.kv_cache is not None
+    assert [model.label for model in found.kv_cache.models] == [row.label for row in found.rows]
+    assert [row.accuracy for row in found.rows] == [row.accuracy for row in plain.rows]
+    assert plain.kv_cache is None
+
+
+def test_a_folder_that_asks_for_the_cache_is_measured_without_it_first(
+    tiny_qwen2: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_cache_quantization": True}))
+    options: dict[str, Any] = {"seq_len": 32, "max_tokens": 65, "speed": False, "kv_cache": "int8"}
+    found = evaluate_checkpoints(tiny_qwen2, [folder], text, **options).kv_cache
+    assert found is not None
+    first, second = found.models
+    assert first.schemes == second.schemes
+
+
+def test_a_model_whose_layers_cannot_be_cached_is_refused_before_it_is_loaded(
+    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((tiny_qwen2 / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention", "hybrid"]}))
+    for file in tiny_qwen2.glob("token*"):
+        shutil.copy(file, folder)
+    words = ["--baseline", folder, "--kv-cache", "int8", "--data", text, "--out", tmp_path / "r", "--seq-len", 32]
+    result = run(*words)
+    assert result.exit_code == 4
+    assert "'hybrid'" in next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--kv-cache", "fp8"], "kv_cache must be one of int8, got 'fp8'"),
+        ([], "give --candidate or --kv-cache int8"),
+    ],
+    ids=["unknown", "nothing_to_do"],
+)
+def test_a_kv_option_that_cannot_be_followed_is_one_line(
+    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    result = run("--baseline", tiny_qwen2, "--data", text, "--out", tmp_path / "r", *words)
+    assert result.exit_code == 2
+    assert said in next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_a_model_without_a_text_of_its_own_needs_one(
+    run: Callable[..., Result], tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    result = run("--baseline", tiny_qwen2, "--kv-cache", "int8", "--out", tmp_path / "r")
+    assert result.exit_code == 2
+    assert "give --data" in result.stderr
 
 
 def test_the_command_writes_a_report_and_prints_only_its_path(

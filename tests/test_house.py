@@ -22,13 +22,35 @@ DOORS = 7
 GROUND = 1
 FLOORS = {
     7: {"cli", "__main__", "gptq", "eval", "doctor", "inspect"},
-    6: {"checkpoint"},
-    5: {"walk", "hf_plugin"},
+    6: {"checkpoint", "kv_accuracy"},
+    5: {"walk", "hf_plugin", "kv_schemes", "kv_errors", "eval_inputs"},
     4: {"sources", "capture", "kv_cache_quant"},
     3: {"kv_layer", "models.key_fold"},
-    2: {"solver", "linear", "kv_store", "kv_attention", "accuracy", "calibrate", "progress", "models.layouts"},
-    1: {"affine", "packing", "config", "measure", "report", "shards", "text_sources", "publish", "console", "kv_ops"},
-    0: {"errors", "_native"},
+    2: {
+        "solver",
+        "linear",
+        "kv_store",
+        "kv_attention",
+        "kv_needle",
+        "accuracy",
+        "calibrate",
+        "progress",
+        "report",
+        "models.layouts",
+    },
+    1: {
+        "affine",
+        "packing",
+        "config",
+        "measure",
+        "kv_report",
+        "shards",
+        "text_sources",
+        "publish",
+        "console",
+        "kv_ops",
+    },
+    0: {"errors", "_native", "records"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 SAME_FLOOR = {"cli": {"gptq", "eval", "doctor", "inspect"}, "__main__": {"cli"}}

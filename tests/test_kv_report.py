@@ -18,6 +18,7 @@ from qquant.kv_report import (
     KVLayer,
     KVModel,
     KVNeedle,
+    KVPeaks,
     KVPoint,
     KVRange,
     KVRecall,
@@ -32,14 +33,25 @@ from tests.test_report import make_accuracy, make_report
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def make_states(error: float, peaks: tuple[float, ...] = (1.0, 9.5, 1.5, 2.0)) -> KVStates:
-    return KVStates(
-        relative_error=error,
-        channel_error=2 * error,
-        outlier_ratio=6.25,
-        heads=2,
-        peaks=peaks,
-        channels_per_peak=1,
+PEAKS = (1.0, 9.5, 1.5, 2.0)
+
+
+def make_peaks(largest: tuple[float, ...] = PEAKS) -> KVPeaks:
+    return KVPeaks(outlier_ratio=6.25, heads=2, largest=largest, channels_per_peak=1)
+
+
+def make_states(error: float, largest: tuple[float, ...] = PEAKS) -> KVStates:
+    return KVStates(relative_error=error, channel_error=2 * error, peaks=make_peaks(largest))
+
+
+def make_layer(largest: tuple[float, ...] = PEAKS) -> KVLayer:
+    """A layer that cannot be folded."""
+    return KVLayer(
+        layer=0,
+        computed_keys=make_peaks(largest),
+        keys=make_states(0.006, largest),
+        folded_keys=None,
+        values=make_states(0.0055),
     )
 
 
@@ -87,6 +99,7 @@ def make_cost(**changes: Any) -> KVCacheCost:
         "seed": 7,
         "window": 512,
         "windows": 32,
+        "prompt": 64,
         "models": (make_model("big"), make_model("int4")),
         "decoded": KVDecoded(tokens=256, kl_mean_nats=0.0021, at_once_kl_mean_nats=0.0022),
         "ranges": (
@@ -103,6 +116,7 @@ def make_cost(**changes: Any) -> KVCacheCost:
         "layers": tuple(
             KVLayer(
                 layer=layer,
+                computed_keys=make_peaks(),
                 keys=make_states(0.006),
                 folded_keys=make_states(0.005, (1.0, 1.5, 1.5, 2.0)),
                 values=make_states(0.0055),
@@ -196,7 +210,7 @@ def test_a_coarse_dtype_is_warned_of() -> None:
 
 
 def test_what_was_not_measured_is_said_and_not_guessed() -> None:
-    layer = KVLayer(layer=0, keys=make_states(0.006), folded_keys=None, values=make_states(0.0055))
+    layer = make_layer()
     broken = make_model("big", schemes=(make_scheme("published", None), make_scheme("none", 0.004)))
     text = section(make_cost(models=(broken,), layers=(layer,), needles=()))
     assert "| big | int8 published | 1632.0 | 0.531 | not measured |" in text
@@ -226,12 +240,12 @@ class TestPicture:
         assert len(picture) <= 250_000
         assert (tmp_path / "report.md").read_text().count(f"({kv_report.PICTURE})") == 1
 
-    @pytest.mark.parametrize("panels", [1, 2])
+    @pytest.mark.parametrize("panels", [2, 3])
     def test_maps_share_one_scale_and_heads_are_set_apart(self, panels: int) -> None:
         from matplotlib.figure import Figure
 
         layers = make_cost().layers
-        if panels == 1:
+        if panels == 2:
             layers = tuple(layer.model_copy(update={"folded_keys": None}) for layer in layers)
         figure = Figure()
         assert kv_report.draw_kv_outliers(figure, make_cost(layers=layers)) is None
@@ -245,9 +259,7 @@ class TestPicture:
     def test_a_dead_channel_does_not_stretch_the_scale(self) -> None:
         from matplotlib.figure import Figure
 
-        layer = KVLayer(
-            layer=0, keys=make_states(0.1, (0.0, 1e-20, 5.0, 10.0)), folded_keys=None, values=make_states(0.1)
-        )
+        layer = make_layer((0.0, 1e-20, 5.0, 10.0))
         figure = Figure()
         assert kv_report.draw_kv_outliers(figure, make_cost(layers=(layer,))) is None
         assert figure.axes[0].images[0].get_clim() == (0.01, 10.0)
@@ -255,7 +267,7 @@ class TestPicture:
     def test_keys_that_are_zero_are_not_drawn_and_the_log_says_so(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        layer = KVLayer(layer=0, keys=make_states(0.0, (0.0, 0.0)), folded_keys=None, values=make_states(0.0))
+        layer = make_layer((0.0, 0.0))
         with caplog.at_level(logging.WARNING):
             report = write_report(with_cost(make_cost(layers=(layer,))), tmp_path)
         assert kv_report.PICTURE not in report.plots

@@ -1,0 +1,95 @@
+"""What reports are made of: the strict record, the measurements that it stores, and Markdown tables of its fields.
+
+Nothing here measures, and nothing knows what a whole report looks like: that is report.py's and kv_report.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+NOT_MEASURED = "not measured"
+MB, PERCENT = "MB", "%"
+"""Formats beside Python's own: millions with two decimals, and a share as a percentage."""
+
+_MEGA = 1e6
+
+
+class Strict(BaseModel):
+    """A frozen record in which an unknown, mistyped or non-finite field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Accuracy(Strict):
+    """See ``qquant.accuracy.Accuracy``, which this stores field by field."""
+
+    tokens: int
+    nll_mean_nats: float
+    perplexity: float
+    nll_difference_nats: float | None
+    nll_difference_stderr_nats: float | None
+    kl_mean_nats: float | None
+    kl_p99_nats: float | None
+    kl_max_nats: float | None
+    top1_agreement: float | None
+
+
+class Speed(Strict):
+    """See ``qquant.measure.Speed``, which this stores field by field."""
+
+    prompt_tokens: int
+    decode_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
+
+
+class Memory(Strict):
+    """See ``qquant.measure.Memory``, which this stores field by field."""
+
+    tensor_bytes: int | None
+    rss_before_bytes: int | None
+    peak_rss_bytes: int | None
+    peak_rss_source: str
+    cuda_before_bytes: int | None
+    cuda_peak_bytes: int | None
+
+
+class Environment(Strict):
+    """See ``qquant.measure.Environment``, which this stores field by field."""
+
+    python: str
+    torch: str
+    transformers: str
+    qquant: str
+    platform: str
+    cpu: str
+    threads: int
+    device: str
+
+
+def field(record: object, path: str) -> Any:
+    """A field by its dotted path; None as soon as something on the way is None."""
+    value: Any = record
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def shown(value: float | None, spec: str) -> str:
+    """A number as a table shows it: by a format of Python's, ``MB`` or ``PERCENT``; None is "not measured"."""
+    if value is None:
+        return NOT_MEASURED
+    if spec == MB:
+        return f"{value / _MEGA:.2f}"
+    return f"{100 * value:.2f} %" if spec == PERCENT else format(value, spec)
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a cell cannot break it."""
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
