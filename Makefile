@@ -50,7 +50,7 @@ $(STAMP)-dev: requirements/dev.txt $(STAMP)-base
 	@$(PIP) install -r requirements/dev.txt
 	@touch $@
 
-$(STAMP)-package: pyproject.toml setup.py $(wildcard qquant/csrc/*) $(STAMP)-base
+$(STAMP)-package: pyproject.toml setup.py build_cuda.py $(wildcard qquant/csrc/* qquant/csrc/*/*) $(STAMP)-base
 	@echo "installing qquant"
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@$(PY) -c 'from qquant import _native; [print(f"{name}: {why}; see qquant doctor") for name, live, why in _native.status() if not live]'

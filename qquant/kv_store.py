@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qquant import kv_ops
+from qquant import _native, kv_ops
 from qquant.kv_ops import KVBits
 
 KVScheme = Literal["token", "qwen"]
@@ -21,6 +21,9 @@ STEP = 64
 
 GROWTH = 32
 """A full store grows by one part in this many, so that room not yet used stays near 3 %."""
+
+LARGE_BYTES = 4 << 20
+"""Storage from this size on is worth large pages of 2 MB."""
 
 RESERVE_AHEAD = 1024
 """Tokens of room beyond the first call that are taken at once when the final length is known."""
@@ -49,7 +52,7 @@ class TokenStore:
         # The published scheme keeps its ranges in the dtype of the states.
         dtype = torch.float16 if scheme == "token" else states.dtype
         groups = () if bits == 8 else (dim // kv_ops.INT4_GROUP,)
-        self.codes = torch.empty(batch, heads, room, dim * bits // 8, dtype=torch.uint8, device=states.device)
+        self.codes = _fresh(torch.empty(batch, heads, room, dim * bits // 8, dtype=torch.uint8, device=states.device))
         self.scale = torch.empty(batch, heads, room, *groups, dtype=dtype, device=states.device)
         self.zero = torch.empty_like(self.scale)
 
@@ -104,7 +107,7 @@ class TokenStore:
         """Make the batch consist of the given rows: ``rows`` [new batch] int64, repetitions allowed."""
         for name in ("codes", "scale", "zero"):
             part: Tensor = getattr(self, name)
-            chosen = part.new_empty(rows.numel(), *part.shape[1:])
+            chosen = _fresh(part.new_empty(rows.numel(), *part.shape[1:]))
             held = chosen[:, :, : self.tokens]
             held.copy_(part[:, :, : self.tokens].index_select(0, rows.to(part.device)))
             setattr(self, name, chosen)
@@ -120,7 +123,7 @@ class TokenStore:
         """Copy ``count`` vectors from ``begin`` on to the front of fresh storage, one part after the other."""
         for name in ("codes", "scale", "zero"):
             old: Tensor = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], room, *old.shape[3:])
+            new = _fresh(old.new_empty(*old.shape[:2], room, *old.shape[3:]))
             new[:, :, :count] = old[:, :, begin : begin + count]
             setattr(self, name, new)
         self.tokens = count
@@ -159,6 +162,17 @@ def hadamard(dim: int, device: torch.device | str = "cpu") -> Tensor:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     blocks: Tensor = torch.block_diag(*[matrix / math.sqrt(block)] * (dim // block))
     return blocks.to(device)
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    """The same tensor, whose memory nobody has touched yet, in large pages where the system grants them.
+
+    Reading a cache of many megabytes in pages of 4 KB, a core waits for page tables more than for memory.
+    """
+    host = _native.host()
+    if host is not None and tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BYTES:
+        host.prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def _whole_steps(tokens: int) -> int:

@@ -118,19 +118,30 @@ Sum pick_sum() {
   return sum_portable;
 }
 
+constexpr std::size_t kLargePage = std::size_t{1} << 21;
+
+// Asks Linux to back whole large pages inside [address, address + bytes) as such; other systems choose by themselves.
+void prefer_large_pages(std::uintptr_t address, std::size_t bytes) {
+#if defined(__linux__)
+  const std::uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
+  const std::uintptr_t end = (address + bytes) / kLargePage * kLargePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish; refusal costs speed
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 // A buffer of count words in large pages where Linux grants them: with small ones the page tables are the limit, not the
 // memory. Aligned to a large page; freed by the deleter.
 struct AlignedDelete {
   void operator()(std::uint64_t* words) const { ::operator delete[](words, std::align_val_t{kAlignment}); }
-  static constexpr std::size_t kAlignment = std::size_t{1} << 21;
+  static constexpr std::size_t kAlignment = kLargePage;
 };
 
 std::unique_ptr<std::uint64_t[], AlignedDelete> allocate_words(std::size_t count) {
   const std::size_t bytes = count * sizeof(std::uint64_t);
   void* raw = ::operator new[](bytes, std::align_val_t{AlignedDelete::kAlignment});
-#if defined(__linux__)
-  madvise(raw, bytes, MADV_HUGEPAGE);  // a wish; refusal only makes the probe slower
-#endif
+  prefer_large_pages(reinterpret_cast<std::uintptr_t>(raw), bytes);
   return std::unique_ptr<std::uint64_t[], AlignedDelete>(static_cast<std::uint64_t*>(raw));
 }
 
@@ -161,10 +172,12 @@ double read_bandwidth(std::size_t bytes, double seconds) {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "What the processor can do: instruction sets, cache size, read bandwidth of one thread.";
+  m.doc() = "What the processor can do: instruction sets, cache size, large pages, read bandwidth of one thread.";
   m.def("cpu_features", &cpu_features, "Instruction set -> bool; empty on processors other than x86.");
   m.def("build_info", &build_info, "Compiler, flags and C++ standard this module was built with.");
   m.def("last_level_cache_bytes", &last_level_cache_bytes, "Size of the last-level cache in bytes; 0 if unknown.");
+  m.def("prefer_large_pages", &prefer_large_pages, py::arg("address"), py::arg("bytes"),
+        "Asks Linux for large pages inside this stretch of fresh memory; elsewhere does nothing.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("seconds") = 0.2,
         "Best GB/s (1e9 bytes) at which one thread reads a buffer of `bytes`, in thread CPU time. Releases the GIL.");
 }

@@ -4,6 +4,15 @@
 
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define QQ_X86 1
+// GCC 12 warns of its own header's deliberately undefined vectors.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
 // Kernels carry their instruction set themselves: the module is compiled for any processor of the architecture.
 #define QQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define QQ_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))

@@ -26,11 +26,10 @@ struct Grid {
 
 Grid choose_range(float low, float high) {
   const float step = high * kShare - low * kShare;
-  const float wanted =
-      std::min(std::max(std::max(step, std::max(high, -low) * kMinRelativeStep), kMinStep), kMaxStep);
+  const float wanted = std::min(std::max(std::max(step, std::max(high, -low) * kMinRelativeStep), kMinStep), kMaxStep);
   std::uint16_t scale = to_half(wanted);
   if (from_half(scale) < wanted) ++scale;
-  return {scale, to_half(-low / from_half(scale))};
+  return {scale, to_half(std::min(std::max(-low / from_half(scale), -kMaxZero), kMaxZero))};
 }
 
 void encode(const EncodeRun& run) {

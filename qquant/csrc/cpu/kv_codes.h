@@ -15,9 +15,10 @@ constexpr float kShare = float(1.0 / 255.0);
 constexpr float kMinRelativeStep = 0x1p-11f;
 constexpr float kMinStep = 0x1p-24f;
 constexpr float kMaxStep = 65504.0f;
+constexpr float kMaxZero = 1.0f / kMinRelativeStep;
 
-// `count` vectors of `size` elements of `dtype`, `stride` elements apart; codes lie `code_stride` bytes apart; scale and
-// zero, float16, side by side.
+// `count` vectors of `size` elements of `dtype`, `stride` elements apart; codes lie `code_stride` bytes apart; scale
+// and zero, float16, side by side.
 struct EncodeRun {
   const void* states;
   Real dtype;
