@@ -77,6 +77,7 @@ interop: $(STAMP)-package
 	QQUANT_PYTHON="$(PY)" bash tests/interop/run.sh
 
 bench: $(STAMP)-package
+	$(PY) benchmarks/bench_kv_decode.py --quick
 	@for file in benchmarks/bench_vs_gptqmodel.py benchmarks/bench_large.py; do echo "== $$file"; $(PY) $$file || exit 1; done
 
 # Uses the machine's own torch, so it installs nothing. Every GPU benchmark is benchmarks/gpu_*.py and takes --out FILE.

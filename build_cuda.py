@@ -23,7 +23,7 @@ HEADERS = sorted([CSRC / "qq_cuda.h", *(CSRC / "cuda").glob("*.h")])
 MODES = ("0", "1", "auto")
 DEFAULT_ARCHS = "80;86;89;90;100"
 OLDEST_ARCH = 80
-"""The 8-bit products of csrc/cuda/mma.h and conversion to bfloat16 begin here."""
+"""The 8-bit products of csrc/cuda/ptx.h and conversion to bfloat16 begin here."""
 
 FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 

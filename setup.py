@@ -65,6 +65,7 @@ def torch_extension(name: str, sources: list[str]) -> Extension:
         library_dirs=library_paths(),
         libraries=["torch", "torch_cpu", "c10"],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030b0000")],
+        depends=["setup.py", *glob("qquant/csrc/*.h"), *glob("qquant/csrc/*/*.h")],
         py_limited_api=True,
         language="c++",
     )
@@ -163,7 +164,8 @@ class Build(build_ext):
             ext.extra_link_args = [*(ext.extra_link_args or []), *([] if sys.platform == "darwin" else ["-s"])]
         try:
             if isinstance(ext, CudaExtension):
-                ext.compile_kernels()
+                ext.compile_kernels()  # which knows by itself what is up to date; setuptools does not
+                self.force = True
             super().build_extension(ext)
         except build_cuda.CudaUnavailable as error:
             give_up(ext.name, error)

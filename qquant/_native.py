@@ -12,7 +12,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-MODULES = ("qquant._host", "qquant._gram", "qquant._C", "qquant._C_cuda")
+TORCH_MODULES = ("qquant._C", "qquant._C_cuda")
+"""Those that add kernels to torch's operators."""
+
+MODULES = ("qquant._host", "qquant._gram", *TORCH_MODULES)
 """Every compiled module that setup.py may build."""
 
 REBUILD = "QQUANT_NATIVE=1 python -m pip install --no-build-isolation --no-deps -e ."
@@ -34,12 +37,14 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     if os.environ.get("QQUANT_NATIVE") == "0":
         return None, "switched off by QQUANT_NATIVE=0"
     try:
+        if name in TORCH_MODULES:
+            import_module("torch")  # its libraries are what these link to
         return import_module(name), ""
     except ModuleNotFoundError as error:
         if error.name != name:
             return None, f"built, but it needs {error.name}"
         return None, "not built"
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
         return None, f"built, but does not load here: {error}"
 
 
@@ -64,7 +69,7 @@ def describe(name: str) -> str:
 
 def load_torch_ops() -> None:
     """Load the kernels of csrc/ that add themselves to torch's operators; those not built leave the references."""
-    for name in ("qquant._C", "qquant._C_cuda"):
+    for name in TORCH_MODULES:
         _load(name)
 
 

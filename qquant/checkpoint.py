@@ -303,7 +303,7 @@ def load_quantized(
 ) -> PreTrainedModel:
     """Load a GPTQ checkpoint, ours or another tool's, as a transformers model with packed linears.
 
-    With the int8 cache switched on, a checkpoint that is not quantized is loaded too.
+    A checkpoint that is not quantized is loaded too where the int8 cache is asked for or declined.
 
     Args:
         path: folder, or a hub id.
@@ -326,7 +326,9 @@ def load_quantized(
     for flag, value in (("use_cache_quantization", use_cache_quantization), ("use_cache_kernel", use_cache_kernel)):
         if value is not None:
             setattr(config, flag, value)
-    plain = getattr(config, "use_cache_quantization", None) and not is_quantized(folder)
+    # Whoever names the cache wants the model with or without it, be its weights quantized or not.
+    named = use_cache_quantization is not None or getattr(config, "use_cache_quantization", None)
+    plain = named and not is_quantized(folder)
     if not plain:
         config.quantization_config = {**quantization_config(folder), "quant_method": METHOD, "kernel": kernel}
     # Named outright, so that transformers reads what was checked here, and AutoGPTQ's gptq_model-4bit-128g.safetensors.

@@ -6,7 +6,11 @@ everything else - prefill, other caches - to the base (``sdpa``, ``flash_attenti
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -66,6 +70,14 @@ class QuantizedStates:
         self.kernel = kernel
         """False: plain torch instead of the compiled operators."""
 
+    def _as_tensor(self) -> Tensor:
+        say_once(
+            "keys and values of an int8 cache were dequantized for code that is not our attention; make the cache "
+            "from the very config object of the model (model.config), and nothing between cache and attention may "
+            "touch them"
+        )
+        return self.dequantize()
+
     @property
     def shape(self) -> torch.Size:
         """[B, H, T, D]."""
@@ -92,15 +104,15 @@ class QuantizedStates:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.dequantize(), name)
+        return getattr(self._as_tensor(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.dequantize()[index]
+        return self._as_tensor()[index]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every torch function gets tensors."""
-        args, kwargs = tree_map(lambda x: x.dequantize() if isinstance(x, cls) else x, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda x: x._as_tensor() if isinstance(x, cls) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -113,11 +125,27 @@ def adopt(config: Any) -> bool:
     base = config._attn_implementation or "sdpa"
     if base.startswith(PREFIX):
         return True
-    if base not in BASES:
+    if base not in BASES or not _looks_implementations_up(type(config).__module__):
         return False
     _register(base)
     config._attn_implementation = PREFIX + base
     return True
+
+
+@cache
+def _looks_implementations_up(config_module: str) -> bool:
+    """Whether a family's model takes any registered implementation.
+
+    Some choose their attention by comparing its name with ``"sdpa"`` and would go astray under another one. No flag of
+    transformers tells, so the source of the model's file does.
+    """
+    name = config_module.replace("configuration", "modeling")
+    try:
+        source = inspect.getsource(import_module(name))
+    except (ImportError, OSError, TypeError):
+        return False
+    compares = re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source)
+    return "ALL_ATTENTION_FUNCTIONS" in source and not compares
 
 
 def release(config: Any) -> None:
@@ -141,11 +169,13 @@ def _register(base: str) -> None:
     def attention(
         module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(key, QuantizedStates):
+        if isinstance(key, QuantizedStates) and isinstance(value, QuantizedStates):
             fused: tuple[Tensor, None] = _attend(module, query, key, value, attention_mask, base, options)
             return fused
+        # A model that rebuilt one of the two from pieces gets plain tensors for both.
+        plain = [states._as_tensor() if isinstance(states, QuantizedStates) else states for states in (key, value)]
         result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[base](
-            module, query, key, value, attention_mask, **options
+            module, query, *plain, attention_mask, **options
         )
         return result
 
@@ -180,8 +210,6 @@ def _attend(
         return result
     if mask is None or mask.dim() == 2:
         mask = _full_mask(mask, length, tokens, options.get("sliding_window"), query.device)
-    if mask is not None and mask.shape[-1] != tokens:
-        mask = mask[..., :tokens]
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     rows = query if key.rotation is None else query.float() @ key.rotation
     attend = kv_ops.decode_attention if key.kernel else kv_ops.attention_reference

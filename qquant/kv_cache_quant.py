@@ -6,9 +6,9 @@ kv_attention.py's, and what is done about outlier keys models/key_fold.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,6 +33,7 @@ _STATE = "_qquant_kv"
 class _Switched:
     """What ``disable_kv_quant`` has to undo."""
 
+    options: dict[str, Any]
     factors: Factors
     use_cache_quantization: Any
     use_cache_kernel: Any
@@ -127,7 +128,13 @@ class Int8KVCache(Cache):
             raise UsageError(f"scheme must be 'token' or 'qwen', got {scheme!r}")
         if value_bits not in (8, 4) or (value_bits == 4 and scheme == "qwen"):
             raise UsageError(f"value_bits must be 8, or 4 with scheme 'token', got {value_bits!r} with {scheme!r}")
+        if getattr(config, "is_encoder_decoder", False):
+            raise BadModelError(f"the int8 cache serves decoders, {config.model_type} is an encoder-decoder")
         text_config = config.get_text_config(decoder=True)
+        if value_bits == 4 and (head := _head_size(text_config)) % kv_ops.INT4_GROUP:
+            raise UsageError(
+                f"value_bits 4 needs a head size that is a multiple of {kv_ops.INT4_GROUP}, got {head}; use 8"
+            )
         options = {
             "use_cache_kernel": use_cache_kernel,
             "key_rotation": key_rotation,
@@ -158,6 +165,11 @@ class Int8KVCache(Cache):
     def nbytes_used(self) -> int:
         """Bytes of the tokens held, without the room ahead; exact."""
         return sum(getattr(layer, "nbytes_used", 0) for layer in self.layers)
+
+
+def _head_size(config: Any) -> int:
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
 
 
 def _make_layer(config: Any, layer_type: str, kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -208,16 +220,13 @@ def enable_kv_quant(
     """
     if key_transform not in get_args(KeyTransform):
         raise UsageError(f"key_transform must be one of {', '.join(get_args(KeyTransform))}, got {key_transform!r}")
-    if model.config.is_encoder_decoder:
-        raise BadModelError(f"the int8 cache serves decoders, {model.config.model_type} is an encoder-decoder")
-    disable_kv_quant(model)
     config = model.config.get_text_config(decoder=True)
     if key_transform == "auto":
         key_transform = "fold" if can_fold(model, config) else "hadamard"
     elif key_transform == "fold" and not can_fold(model, config):
         raise UsageError(
-            f"key_transform 'fold' needs a family known to rotate channel pairs (i, i + D/2) of separate q_proj and "
-            f"k_proj, {config.model_type} is not; use 'hadamard'"
+            "key_transform 'fold' needs plain or GPTQ-packed q_proj and k_proj in memory and a family known to rotate "
+            f"channel pairs (i, i + D/2), this {config.model_type} model does not offer that; use 'hadamard'"
         )
     options: dict[str, Any] = {
         "use_cache_kernel": use_cache_kernel,
@@ -226,14 +235,17 @@ def enable_kv_quant(
         "value_bits": value_bits,
         "exact_prefill": scheme == "token",
     }
-    Int8KVCache(model.config, **options)  # refuses here, not in the middle of a generation, what cannot be cached
+    # Refuses here, not in the middle of a generation, what cannot be cached, and before anything is changed.
+    Int8KVCache(model.config, **options)
+    disable_kv_quant(model)
+    kv_attention.adopt(config)
     factors = fold_keys(model, config, samples) if key_transform == "fold" else {}
-    state = _Switched(factors, *(getattr(model.config, flag, None) for flag in _FLAGS))
+    state = _Switched(options, factors, *(getattr(model.config, flag, None) for flag in _FLAGS))
     setattr(model, _STATE, state)
     model.config.use_cache_quantization = True
     model.config.use_cache_kernel = use_cache_kernel
-    # A bound method, so that a copy of the model prepares caches for the copy.
-    vars(model)["_prepare_cache_for_generation"] = MethodType(_preparing(options), model)
+    # A partial of the model, so that a copy of it, unpickled or deep, prepares caches for the copy.
+    vars(model)["_prepare_cache_for_generation"] = partial(_prepare_cache, model)
     return model
 
 
@@ -275,35 +287,32 @@ def enable_as_configured(
         enable_kv_quant(model, use_cache_kernel=True if kernel is None else bool(kernel))
 
 
-def _preparing(options: dict[str, Any]) -> Callable[..., Any]:
-    """A ``_prepare_cache_for_generation`` that puts an ``Int8KVCache`` where transformers would make its own."""
-
-    def prepare(
-        model: Any,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        ordinary = type(model)._prepare_cache_for_generation
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            kind = generation_config.cache_implementation
-            if kind not in (None, "dynamic", "offloaded"):
-                raise UsageError(
-                    f"cache_implementation {kind!r} and the int8 cache exclude each other: leave it out, or call "
-                    "qquant.disable_kv_quant(model) first"
-                )
-            cache: Any = Int8KVCache(model.config, **options, reserve=max_cache_length, offloading=kind == "offloaded")
-            # An assistant's drafts are rolled back.
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-            generation_config.cache_implementation = None
-            model_kwargs["past_key_values"] = cache
-            result = ordinary(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            # Ours, not the user's: nobody outside will look at it after this generation.
-            cache._is_user_defined = False
-            return result
+def _prepare_cache(
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> Any:
+    """What stands in for a switched model's ``_prepare_cache_for_generation``: makes an ``Int8KVCache``."""
+    ordinary = type(model)._prepare_cache_for_generation
+    if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
         return ordinary(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-
-    return prepare
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic", "offloaded"):
+        raise UsageError(
+            f"cache_implementation {kind!r} and the int8 cache exclude each other: leave it out, or call "
+            "qquant.disable_kv_quant(model) first"
+        )
+    options = getattr(model, _STATE).options
+    cache: Any = Int8KVCache(model.config, **options, reserve=max_cache_length, offloading=kind == "offloaded")
+    # An assistant's drafts are rolled back.
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    generation_config.cache_implementation = None
+    model_kwargs["past_key_values"] = cache
+    result = ordinary(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    # Ours, not the user's: nobody outside will look at it after this generation.
+    cache._is_user_defined = False
+    return result

@@ -6,19 +6,23 @@ integers. Storage is kv_store.py's; the cache of all layers is kv_cache_quant.py
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from qquant import kv_attention, kv_ops
+from qquant import kv_attention
 from qquant.errors import UsageError
 from qquant.kv_attention import MAX_QUERIES, QuantizedStates
 from qquant.kv_ops import KVBits
 from qquant.kv_store import KVScheme, TokenStore, hadamard
 
 KeyRotation = Literal["none", "hadamard"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What a model may compute in."""
 
 SLIDING_SLACK = 64
 """Tokens that a sliding layer may hold beyond its window before it moves the window to the front."""
@@ -55,33 +59,43 @@ class Int8Layer(CacheLayerMixin):
         self.reserve = reserve
         self.is_initialized = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Layer:
+        """A copy of all that is stored, for the same model: the config stays the model's own."""
+        memo[id(self.config)] = self.config
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the storage for tensors like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.rotation = hadamard(key_states.shape[-1], self.device) if self.key_rotation == "hadamard" else None
         self.key_offset: Tensor | None = None
         self.key_store = TokenStore(key_states, scheme=self.scheme, reserve=self.reserve)
-        if self.value_bits == 4 and value_states.shape[-1] % kv_ops.INT4_GROUP:
-            raise UsageError(
-                f"value_bits 4 needs a head size that is a multiple of {kv_ops.INT4_GROUP}, "
-                f"got {value_states.shape[-1]}; use 8"
-            )
         self.value_store = TokenStore(value_states, scheme=self.scheme, bits=self.value_bits, reserve=self.reserve)
         self.is_initialized = True
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Add keys and values [B, H, L, D]; returns what attention over all tokens needs, see the class."""
+        if key_states.dtype not in DTYPES:
+            raise UsageError(f"the int8 cache takes float32, float16 and bfloat16, got {key_states.dtype}")
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            kv_attention.say_once("no gradient flows through what an int8 cache has stored; train without a cache")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.dtype = key_states.dtype
         length, held = key_states.shape[2], self._visible()
-        self.key_store.append(self._easy_to_quantize(key_states), kernel=self.use_cache_kernel)
-        self.value_store.append(value_states, kernel=self.use_cache_kernel)
-        if self.exact_prefill and (not held or length > MAX_QUERIES):
-            if not held:
-                return key_states, value_states
-            past = [states.dequantize()[:, :, :held] for states in self._states(held + length)]
+        past = None
+        if self.exact_prefill and held and length > MAX_QUERIES:
+            past = [states.dequantize() for states in self._states(held)]
+        # Detached, because what is kept would keep the graph of every prompt alive.
+        self.key_store.append(self._easy_to_quantize(key_states.detach()), kernel=self.use_cache_kernel)
+        self.value_store.append(value_states.detach(), kernel=self.use_cache_kernel)
+        if past is not None:
             return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
+        if self.exact_prefill and not held:
+            return key_states, value_states
         keys, values = self._states(held + length)
         if length <= MAX_QUERIES and held and kv_attention.takes_integers(self.config):
             return keys, values
@@ -135,6 +149,8 @@ class Int8Layer(CacheLayerMixin):
         Views [B, H, T, D] uint8 and [B, H, T, 1]. Keys are stored less ``key_offset`` [B, H, 1, D], which no score
         depends on but for a constant per query, and rotated where ``key_rotation`` says so.
         """
+        if not self.is_initialized:
+            raise UsageError("layer_past exists after the first update; this layer holds nothing yet")
         pair = [store.last(self._visible()) for store in (self.key_store, self.value_store)]
         keys, values = [(codes, scale[..., None], zero[..., None]) for codes, scale, zero in pair]
         return keys, values
@@ -249,8 +265,8 @@ class Int8SlidingLayer(Int8Layer):
         return min(self.key_store.tokens, self.sliding_window - 1)
 
     def _trim(self) -> None:
-        self.key_store.keep_newest(self.sliding_window - 1)
-        self.value_store.keep_newest(self.sliding_window - 1)
+        for store in (self.key_store, self.value_store):
+            store.keep_newest(self.sliding_window - 1, room=self.sliding_window + 2 * SLIDING_SLACK)
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, those that left the window included."""
@@ -272,8 +288,13 @@ class Int8SlidingLayer(Int8Layer):
                 "a sliding layer that has passed its window can be cropped only if it recorded the past: "
                 "call cache.activate_past_recording() before the tokens that may be taken back"
             )
+        left = max(0, self.cumulative_length + tokens_to_remove)
+        if self.is_initialized and self.key_store.tokens + tokens_to_remove < min(left, self.sliding_window - 1):
+            raise UsageError(
+                f"a sliding layer can give back the tokens since its last crop, {-tokens_to_remove} is more than it has"
+            )
         super().crop(tokens_to_remove)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        self.cumulative_length = left
         if self.is_initialized and self.cumulative_length >= self.sliding_window:
             self._trim()
 

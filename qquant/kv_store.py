@@ -98,10 +98,10 @@ class TokenStore:
         """Forget the newest ``count`` vectors; no data moves."""
         self.tokens = max(0, self.tokens - count)
 
-    def keep_newest(self, count: int) -> None:
-        """Forget all but the newest ``count`` vectors and move them to the front; frees no memory."""
+    def keep_newest(self, count: int, *, room: int) -> None:
+        """Forget all but the newest ``count`` vectors and move them into fresh storage with at least ``room``."""
         if self.tokens > count:
-            self._move(self.tokens - count, count, self.room)
+            self._move(self.tokens - count, count, _whole_steps(max(count, room)))
 
     def select(self, rows: Tensor) -> None:
         """Make the batch consist of the given rows: ``rows`` [new batch] int64, repetitions allowed."""

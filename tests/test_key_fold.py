@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qquant.errors import UsageError
+import qquant
+from qquant.linear import QuantLinear
 from qquant.models.key_fold import can_fold, fold_keys, unfold_keys
 
 IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -154,7 +155,36 @@ def test_an_unknown_family_or_a_partial_rotation_cannot_fold(tiny_llama: Path) -
     assert not can_fold(other, other.config)
 
 
-def test_weights_that_are_not_in_memory_are_refused(tiny_llama: Path) -> None:
+def test_weights_that_are_not_in_memory_cannot_fold(tiny_llama: Path) -> None:
     model = load(tiny_llama).to("meta")
-    with pytest.raises(UsageError, match=r"not in memory; choose 'hadamard'"):
-        fold_keys(model, model.config)
+    assert not can_fold(model, model.config)
+
+
+class Adapted(torch.nn.Linear):
+    """A linear that adds something of its own, as adapters do."""
+
+
+def test_projections_that_do_more_than_multiply_cannot_fold(tiny_llama: Path) -> None:
+    model = load(tiny_llama)
+    plain = model.model.layers[0].self_attn.k_proj
+    model.model.layers[0].self_attn.k_proj = Adapted(plain.in_features, plain.out_features, bias=False)
+    assert not can_fold(model, model.config)
+
+
+def test_a_language_model_inside_a_larger_one_cannot_fold(tiny_llama: Path) -> None:
+    model = load(tiny_llama)
+    assert not can_fold(torch.nn.ModuleDict({"language_model": model}), model.config)
+
+
+def test_packed_projections_fold_into_their_scales(tiny_qwen2: Path) -> None:
+    model = load(tiny_qwen2)
+    plant_outliers(model)
+    config = qquant.QuantizeConfig(bits=4, group_size=32, method="rtn")
+    qquant.quantize_model(model, [], config)
+    expected, before = logits(model), weights(model)
+    factors = fold_keys(model, model.config)
+    assert len(factors) == model.config.num_hidden_layers
+    assert isinstance(model.model.layers[0].self_attn.k_proj, QuantLinear)
+    assert torch.equal(logits(model), expected)
+    unfold_keys(model, model.config, factors)
+    assert same(model, before)

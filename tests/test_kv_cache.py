@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3NextConfig
+from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3NextConfig, T5Config
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qquant import kv_attention, kv_ops
@@ -405,7 +405,7 @@ def test_four_bit_values_live_through_every_method() -> None:
 
 def test_four_bit_values_need_whole_groups() -> None:
     with pytest.raises(UsageError, match="multiple of 32, got 16"):
-        layer(value_bits=4).update(*draw(torch.Generator().manual_seed(0), 1, 3))
+        cache_of(config(), value_bits=4)
 
 
 def test_channels_far_from_zero_cost_their_neighbours_nothing() -> None:
@@ -432,3 +432,59 @@ def test_the_offset_of_the_keys_is_that_of_the_first_call() -> None:
     assert torch.equal(ours.key_offset, first[0].mean(2, keepdim=True))
     ours.batch_select_indices(torch.tensor([1]))
     assert torch.equal(ours.key_offset, first[0][1:].mean(2, keepdim=True))
+
+
+def test_a_sliding_layer_gives_the_memory_of_a_long_prompt_back() -> None:
+    ours = sliding(8, reserve=10_000)
+    ours.update(*draw(torch.Generator().manual_seed(0), 1, 4000))
+    assert ours.key_store.room <= 8 + 2 * SLIDING_SLACK + 64
+    assert ours.nbytes < 2 * HEADS * 256 * (DIM + 4) + 1024
+
+
+def test_a_sliding_layer_refuses_to_give_back_more_than_it_recorded() -> None:
+    ours = sliding(16)
+    ours.activate_past_recording()
+    ours.update(*draw(torch.Generator().manual_seed(0), 1, 30))
+    ours.crop(0)
+    with pytest.raises(UsageError, match="5 is more than it has"):
+        ours.crop(-5)
+
+
+def test_nothing_stored_keeps_the_graph_of_the_prompt() -> None:
+    keys, values = draw(torch.Generator().manual_seed(0), 1, 9)
+    keys.requires_grad_()
+    values.requires_grad_()
+    for options in ({}, {"use_cache_kernel": False}, {"scheme": "qwen"}):
+        ours = layer(**options)
+        ours.update(keys, values)
+        for store in (ours.key_store, ours.value_store):
+            assert not any(part.requires_grad for part in (store.codes, store.scale, store.zero))
+        copy.deepcopy(ours)
+
+
+def test_a_copied_layer_still_belongs_to_the_model() -> None:
+    ours = layer()
+    assert copy.deepcopy(ours).config is ours.config
+
+
+def test_a_model_may_change_its_dtype_between_calls() -> None:
+    generator, ours = torch.Generator().manual_seed(0), layer()
+    ours.update(*draw(generator, 1, 9))
+    keys, values = draw(generator, 1, 1)
+    got = ours.update(keys.bfloat16(), values.bfloat16())
+    assert got[0].dtype == torch.bfloat16
+
+
+def test_float64_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"got torch.float64"):
+        layer().update(*torch.zeros(2, 1, 2, 3, 16, dtype=torch.float64))
+
+
+def test_layer_past_of_an_empty_layer_is_refused() -> None:
+    with pytest.raises(UsageError, match="holds nothing yet"):
+        layer().layer_past  # noqa: B018
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(BadModelError, match="encoder-decoder"):
+        Int8KVCache(T5Config())

@@ -96,7 +96,7 @@ def test_forgetting_more_than_there_is_leaves_nothing() -> None:
 def test_only_the_newest_are_kept(count: int) -> None:
     x = states(20)
     store = filled(x)
-    store.keep_newest(count)
+    store.keep_newest(count, room=10)
     assert torch.equal(held(store), held(filled(x))[:, :, max(0, 20 - count) :])
 
 

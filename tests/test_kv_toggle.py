@@ -153,7 +153,7 @@ def test_an_unknown_transform_lists_the_known_ones(tiny_qwen2: Path) -> None:
 def test_a_family_not_known_to_fold_rotates_instead(tiny_llama: Path) -> None:
     model = load(tiny_llama)
     model.config.model_type = "cohere"
-    with pytest.raises(UsageError, match=r"cohere is not; use 'hadamard'"):
+    with pytest.raises(UsageError, match=r"this cohere model does not offer that; use 'hadamard'"):
         qquant.enable_kv_quant(model, key_transform="fold")
     qquant.enable_kv_quant(model)
     assert generate(model).past_key_values.layers[0].key_rotation == "hadamard"
@@ -203,8 +203,21 @@ def test_config_json_switches_on_a_plain_checkpoint(tiny_qwen2: Path, tmp_path: 
     shutil.copytree(tiny_qwen2, tmp_path / "model")
     folder = switch_on(tmp_path / "model", use_cache_quantization=True)
     assert isinstance(generate(qquant.load_quantized(folder)).past_key_values, Int8KVCache)
-    with pytest.raises(BadModelError, match="quantization_config"):
-        qquant.load_quantized(folder, use_cache_quantization=False)
+    plain = qquant.load_quantized(folder, use_cache_quantization=False)
+    assert isinstance(generate(plain).past_key_values, DynamicCache)
+
+
+def test_a_switched_model_survives_being_pickled(tiny_qwen2: Path, tmp_path: Path) -> None:
+    torch.save(qquant.enable_kv_quant(load(tiny_qwen2)), tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert isinstance(generate(twin).past_key_values, Int8KVCache)
+
+
+def test_a_failing_change_of_options_leaves_the_model_switched_on(tiny_qwen2: Path) -> None:
+    model = qquant.enable_kv_quant(load(tiny_qwen2))
+    with pytest.raises(UsageError, match="value_bits"):
+        qquant.enable_kv_quant(model, value_bits=3)  # type: ignore[arg-type]
+    assert isinstance(generate(model).past_key_values, Int8KVCache)
 
 
 def test_gptq_weights_and_int8_cache_work_at_once(tiny_qwen2: Path, tmp_path: Path) -> None:

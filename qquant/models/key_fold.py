@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from qquant.errors import UsageError
 from qquant.linear import QuantLinear
 from qquant.models.layouts import find_attentions
 
@@ -45,9 +45,34 @@ class _Pairs(NamedTuple):
 
 
 def can_fold(model: nn.Module, config: Any) -> bool:
-    """Whether the family is known to turn channels i and i + D/2 of separate q_proj and k_proj by one angle."""
+    """Whether folding is known to be exact for this model.
+
+    The family turns channels i and i + D/2 of separate q_proj and k_proj by one angle, and those are plain or
+    GPTQ-packed linears whose weights are in memory.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("partial_rotary_factor", 1.0) == 1.0 and bool(find_attentions(model, config.model_type))
+    names = find_attentions(model, config.model_type)
+    return (
+        rope.get("partial_rotary_factor", 1.0) == 1.0
+        and bool(names)
+        and all(_rows_can_be_scaled(model.get_submodule(name)) for name in names)
+    )
+
+
+def _rows_can_be_scaled(attention: Any) -> bool:
+    """Whether scaling the weights in memory scales what the projections put out.
+
+    Not so for subclasses that add to it (adapters), for weights packed by others, and for weights that are elsewhere.
+    """
+    if hasattr(attention, "k_norm"):
+        return not attention.k_norm.weight.is_meta
+    return all(
+        type(linear) in (nn.Linear, QuantLinear)
+        and not is_parametrized(linear)
+        and not any(tensor.is_meta for tensor in (*linear.parameters(), *linear.buffers()))
+        and all(parameter.is_floating_point() for parameter in linear.parameters())
+        for linear in (attention.q_proj, attention.k_proj)
+    )
 
 
 def fold_keys(model: nn.Module, config: Any, samples: Sequence[Tensor] | None = None) -> Factors:
@@ -61,14 +86,8 @@ def fold_keys(model: nn.Module, config: Any, samples: Sequence[Tensor] | None = 
 
     Returns:
         What was divided, for ``unfold_keys``; modules without outliers are left out and untouched.
-
-    Raises:
-        UsageError: the model's weights are not in memory.
     """
     found = {name: _Pairs(module, *_shape(module, config)) for name, module in _attentions(model, config)}
-    for name, pairs in found.items():
-        if any(parameter.is_meta for parameter in pairs.attention.parameters()):
-            raise UsageError(f"key folding rewrites weights, but those of {name} are not in memory; choose 'hadamard'")
     left = _left_by_centring(model)
     sizes = _measure(model, found, left, samples) if samples is not None else _guess(model, found, left)
     factors: Factors = {}
@@ -182,7 +201,8 @@ def _apply(pairs: _Pairs, factors: Tensor) -> bool:
             *_scaled_rows(attention.q_proj, per_query),
         ]
     jobs = [(tensor, factor.to(tensor.device)) for tensor, factor in jobs]
-    with torch.no_grad():
+    # Not only without gradients: weights that were made in inference mode may only be changed in it.
+    with torch.inference_mode():
         if not all(_restorable(tensor, factor.to(tensor.dtype), attention) for tensor, factor in jobs):
             _log.warning("a key fold was left out: its factors leave the range of the stored dtype")
             return False

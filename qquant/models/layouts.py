@@ -95,6 +95,10 @@ def find_attentions(model: nn.Module, model_type: str) -> list[str]:
     Only families known to do so; for any other, an empty list.
     """
     layout = _KNOWN.get(model_type)
+    try:
+        model.get_submodule(layout.blocks if layout else "")
+    except AttributeError:  # a part of a larger model, whose names are others
+        return []
     if layout is None:
         return []
     return [f"{layout.blocks}.{index}.self_attn" for index in range(len(block_list(model, layout)))]
