@@ -22,7 +22,7 @@ from qquant.kv_store import KVScheme, TokenStore, hadamard
 KeyRotation = Literal["none", "hadamard"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What a model may compute in."""
+"""What the kernels take."""
 
 SLIDING_SLACK = 64
 """Tokens that a sliding layer may hold beyond its window before it moves the window to the front."""
@@ -78,8 +78,11 @@ class Int8Layer(CacheLayerMixin):
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Add keys and values [B, H, L, D]; returns what attention over all tokens needs, see the class."""
-        if key_states.dtype not in DTYPES:
-            raise UsageError(f"the int8 cache takes float32, float16 and bfloat16, got {key_states.dtype}")
+        if self.use_cache_kernel and key_states.dtype not in DTYPES:
+            raise UsageError(
+                f"the int8 kernels take float32, float16 and bfloat16, got {key_states.dtype}; "
+                "use_cache_kernel=False takes any float dtype"
+            )
         if torch.is_grad_enabled() and key_states.requires_grad:
             kv_attention.say_once("no gradient flows through what an int8 cache has stored; train without a cache")
         if not self.is_initialized:
