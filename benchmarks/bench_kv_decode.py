@@ -1,7 +1,8 @@
 """CPU kernels of the Int8 KV cache against torch on the same cache in bfloat16, in turns within one process.
 
 One thread, thread CPU time, median over calls. Layers take turns, so that a cache comes from memory and not from the
-last-level cache. How fast one thread reads memory is probed before and after each row.
+last-level cache. How fast one thread reads memory is probed before and after each row. Our caches are those of
+TokenStore, whose large storages are advised to use pages of 2 MB; torch's bfloat16 caches are ordinary torch tensors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qquant import _native, kv_ops
+from qquant.kv_store import TokenStore
 
 HEADS = {128: ((32, 32), (32, 8), (28, 4)), 64: ((16, 16), (14, 2))}
 """Head size -> (query heads, KV heads): groups of 1, 4 and 7."""
@@ -40,6 +42,7 @@ QUICK = (
 PREFILL = (1, 32, 2048, 128)
 
 CACHES = 4  # last-level caches' worth of codes that layers of one row hold together
+STRETCH = 256  # tokens of random states
 CALLS = 25
 SECONDS = 4.0  # for one contestant of one row, after three calls
 
@@ -95,21 +98,13 @@ def read_bandwidth(host: Any) -> float:
     return found
 
 
-def random_codes(*shape: int) -> Tensor:
-    """Random bytes, made quickly: one stretch of them again and again, never the same one at the same place."""
-    stretch = torch.randint(0, 256, (999_983,), dtype=torch.uint8)
-    codes = torch.empty(shape, dtype=torch.uint8)
-    flat = codes.view(-1)
-    for first in range(0, len(flat), len(stretch)):
-        part = flat[first : first + len(stretch)]
-        part.copy_(stretch[: len(part)])
-    return codes
-
-
 def a_cache(batch: int, heads: int, tokens: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and zero of values with a standard deviation near 1."""
-    numbers = torch.full((batch, heads, tokens), 127.5, dtype=torch.float16)
-    return random_codes(batch, heads, tokens, size), (1.7 / numbers).half(), numbers
+    """Codes, scale and zero as a model's cache holds them: one stretch of random states again and again."""
+    store = TokenStore(torch.empty(()).expand(batch, heads, tokens, size))
+    stretch = torch.randn(batch, heads, min(tokens, STRETCH), size, dtype=torch.bfloat16)
+    while store.tokens < tokens:
+        store.append(stretch[:, :, : tokens - store.tokens])
+    return store.last(tokens)
 
 
 def bench_decode(host: Any, batch: int, query_heads: int, kv_heads: int, tokens: int, size: int) -> Decode:

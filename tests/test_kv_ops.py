@@ -28,6 +28,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Largest relative error of rounding to a dtype once."""
 
+NAN_WITH_LOW_BITS = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32).item()
+"""A kernel that adds to exponents as integers could turn it into a number."""
+
 STATES = {
     "decode": (1, 2, 1, 128),
     "prefill": (2, 2, 37, 128),
@@ -317,7 +320,7 @@ def test_scores_of_thousands_neither_overflow_nor_drown_the_other_keys() -> None
 
 
 @needs_kernels
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, NAN_WITH_LOW_BITS, torch.inf], ids=["nan", "nan_with_low_bits", "inf"])
 def test_a_query_that_is_not_finite_gives_nan_in_its_own_row_only(bad: float) -> None:
     query, *cache = arguments(Case(group=4))
     clean = kv_ops.decode_attention(query, *cache, None, 0.125)

@@ -52,7 +52,7 @@ class Scratch {
       weights = take<std::int8_t>(std::max(rows * fixed_bytes(kExact), fixed_bytes(kChunk)));
       scores = take<std::int32_t>(std::max<std::int64_t>(rows * kExact, kChunk));
       sums = take<float>(rows * sums_stride);
-      packed = take<std::int8_t>(kLine * std::max<std::int64_t>(kExact, widest));
+      packed = take<std::int8_t>(kLine * kExact);
       if (pass == 0) memory_.reset(static_cast<std::int8_t*>(::operator new[](used_, std::align_val_t{kLine})));
     }
   }
@@ -63,7 +63,7 @@ class Scratch {
   std::int8_t* weights;  // [rows, fixed_bytes(kExact)], or one row of a chunk
   std::int32_t* scores;  // [rows, kExact], or likewise
   float* sums;           // [rows, sums_stride]
-  std::int8_t* packed;   // codes of one pass in an order of the kernel's own
+  std::int8_t* packed;   // kLine columns of a chunk's values in an order of the kernel's own
   Row state[kTileRows];
   const std::uint8_t* seen[kTileRows];  // per row, from the chunk's first token on; null: no mask
   std::int64_t visible[kTileRows];      // without a mask: tokens of the chunk that the row sees
@@ -89,13 +89,15 @@ const std::uint16_t* numbers_at(const Numbers& numbers, const Task& task, std::i
   return numbers.data + task.batch * numbers.batch + task.head * numbers.head + token;
 }
 
-// Asks for memory that will be read soon. Only for beginnings: once a stretch is being read in order, the processor's
-// own prefetching is faster than this.
-void fetch(const void* data, std::int64_t bytes) {
+constexpr std::int64_t kPage = 4096;
+
+// Asks for one line in every `step` bytes of what will be read soon. Every line only at beginnings: once a stretch is
+// being read in order, the processor's own prefetching is faster than this.
+void fetch(const void* data, std::int64_t bytes, std::int64_t step) {
 #if defined(__GNUC__) || defined(__clang__)
-  for (std::int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(static_cast<const char*>(data) + b);
+  for (std::int64_t b = 0; b < bytes; b += step) __builtin_prefetch(static_cast<const char*>(data) + b);
 #else
-  (void)data, (void)bytes;
+  (void)data, (void)bytes, (void)step;
 #endif
 }
 
@@ -111,7 +113,9 @@ void begin_task(const Attention& a, const AttentionKernels& kernels, const Task&
     const std::int64_t row = task.first_row + r, head = task.head * a.group + row / a.length;
     const std::int64_t offset = task.batch * a.query_batch + head * a.query_head + row % a.length * a.query_row;
     // NaN where a query is not finite: its row must not look healthy.
-    const float top = kernels.load(static_cast<const char*>(a.query) + offset * bytes, size, a.dtype, s.plain);
+    float top = kernels.load(static_cast<const char*>(a.query) + offset * bytes, size, a.dtype, s.plain);
+    // The usual NaN, whose lowest bits are zero: kernels count on that where they add to exponents.
+    if (std::isnan(top)) top = std::numeric_limits<float>::quiet_NaN();
     const float inverse = top > 0.0f ? largest / top : 0.0f;
     const std::int32_t sum =
         kernels.to_fixed(s.plain, size, std::isfinite(inverse) ? inverse : 0.0f, s.query + r * s.query_bytes);
@@ -158,16 +162,17 @@ void attend_chunk(const Attention& a, const AttentionKernels& kernels, const Tas
   const std::uint8_t *keys = vector_at(a.keys, task, token), *values = vector_at(a.values, task, token);
   const std::uint8_t* const next_keys = vector_at(a.keys, next.task, next.token);
   for (const Numbers* numbers : {&a.k_scale, &a.k_zero, &a.v_scale, &a.v_zero})
-    fetch(numbers_at(*numbers, next.task, next.token), next.count * std::int64_t(sizeof(std::uint16_t)));
-  kernels.score(s.query, task.rows, keys, a.keys.token, count, a.keys.size, s.scores, s.packed,
-                {values, a.values.token, a.values.size, count});
-  fetch(values, std::min(kBeginning, count * a.values.token));
-  for (std::int64_t r = 0; r < task.rows; ++r)
-    kernels.weigh(s.scores + r * kExact, s.numbers, s.seen[r], s.visible[r], count, s.state[r],
-                  s.weights + r * fixed_bytes(kExact));
+    fetch(numbers_at(*numbers, next.task, next.token), next.count * std::int64_t(sizeof(std::uint16_t)), kLine);
+  // The addresses of many pages are looked up at a time here, and one by one once the products reach them.
+  fetch(next_keys, next.count * a.keys.token, kPage);
+  fetch(vector_at(a.values, next.task, next.token), next.count * a.values.token, kPage);
+  kernels.score(s.query, task.rows, keys, a.keys.token, count, a.keys.size, s.scores,
+                a.values.token == a.values.size ? values : keys);
+  fetch(values, std::min(kBeginning, count * a.values.token), kLine);
+  kernels.weigh(s.scores, s.numbers, s.seen, s.visible, count, task.rows, s.state, s.weights);
   kernels.accumulate(s.weights, s.state, task.rows, values, a.values.token, count, a.values.size, s.sums, s.sums_stride,
-                     s.packed, {next_keys, a.keys.token, a.keys.size, next.count});
-  fetch(next_keys, std::min(kBeginning, next.count * a.keys.token));
+                     s.packed, next.count > 0 && a.keys.token == a.keys.size ? next_keys : values);
+  fetch(next_keys, std::min(kBeginning, next.count * a.keys.token), kLine);
 }
 
 // Divides by the total and stores a row; a row that saw nothing gives zeros.

@@ -91,16 +91,10 @@ struct ChunkNumbers {
   alignas(kLine) float k_scale[kChunk], k_zero[kChunk], v_scale[kChunk], v_zero[kChunk];
 };
 
-// Codes that will be read next, for kernels that compute for long to ask for on the way: `rows` of `size`, `stride`
-// apart.
-struct Ahead {
-  const std::uint8_t* codes;
-  std::int64_t stride, size, rows;
-};
-
 // The arithmetic of one instruction set. Fixed-point vectors take fixed_bytes(n) bytes in a layout of its own.
 struct AttentionKernels {
   std::int64_t chunk_of_one;  // tokens per chunk where there is one row: at most kChunk
+  // out has room up to a multiple of kLine, for kernels that want zeros there.
   void (*widen)(const std::uint16_t* halves, std::int64_t count, float* out);
   // Returns the largest magnitude, or NaN where anything is not finite.
   float (*load)(const void* data, std::int64_t count, Real dtype, float* out);
@@ -108,17 +102,21 @@ struct AttentionKernels {
   // fixed = X = round(x * inverse), then zeros up to a multiple of kLine. x is readable up to there. Returns the sum of
   // X.
   std::int32_t (*to_fixed)(const float* x, std::int64_t count, float inverse, std::int8_t* fixed);
+  // In both products `ahead` is memory that will be read next, about as many bytes as there are codes: kernels that
+  // compute for long ask for it on the way.
+  //
   // scores[row][kExact] = X[row] . codes[token], int32. Rows of X lie query_stride(size) apart, those of W below
   // fixed_bytes(kExact).
   void (*score)(const std::int8_t* fixed, std::int64_t rows, const std::uint8_t* codes, std::int64_t stride,
-                std::int64_t tokens, std::int64_t size, std::int32_t* scores, std::int8_t* packed, Ahead ahead);
-  // One row's chunk: scores to fixed-point weights, with seen[token] != 0 or, where seen is null, token < visible.
-  void (*weigh)(std::int32_t* scores, const ChunkNumbers& numbers, const std::uint8_t* seen, std::int64_t visible,
-                std::int64_t tokens, Row& row, std::int8_t* fixed);
+                std::int64_t tokens, std::int64_t size, std::int32_t* scores, const std::uint8_t* ahead);
+  // A chunk's scores to fixed-point weights, of the tokens with seen[row][token] != 0 or, where seen[row] is null,
+  // token < visible[row].
+  void (*weigh)(std::int32_t* scores, const ChunkNumbers& numbers, const std::uint8_t* const* seen,
+                const std::int64_t* visible, std::int64_t tokens, std::int64_t rows, Row* state, std::int8_t* fixed);
   // sums[row][sums_stride] = sums * fade + weight_step * (W[row] . codes - weight_offset).
   void (*accumulate)(const std::int8_t* fixed, const Row* state, std::int64_t rows, const std::uint8_t* codes,
                      std::int64_t stride, std::int64_t tokens, std::int64_t size, float* sums, std::int64_t sums_stride,
-                     std::int8_t* packed, Ahead ahead);
+                     std::int8_t* packed, const std::uint8_t* ahead);
 };
 
 // Bytes of a fixed-point vector of `count` numbers: two each, padded.
@@ -131,10 +129,10 @@ const AttentionKernels& attention_kernels();
 
 // Products of kAttentionAvx512, which fill a file of their own.
 void score_avx512(const std::int8_t* fixed, std::int64_t rows, const std::uint8_t* codes, std::int64_t stride,
-                  std::int64_t tokens, std::int64_t size, std::int32_t* scores, std::int8_t* packed, Ahead ahead);
+                  std::int64_t tokens, std::int64_t size, std::int32_t* scores, const std::uint8_t* ahead);
 void accumulate_avx512(const std::int8_t* fixed, const Row* state, std::int64_t rows, const std::uint8_t* codes,
                        std::int64_t stride, std::int64_t tokens, std::int64_t size, float* sums,
-                       std::int64_t sums_stride, std::int8_t* packed, Ahead ahead);
+                       std::int64_t sums_stride, std::int8_t* packed, const std::uint8_t* ahead);
 
 extern const AttentionKernels kAttentionPortable, kAttentionAvx2, kAttentionAvx512;
 

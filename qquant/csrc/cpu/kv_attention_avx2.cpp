@@ -118,7 +118,7 @@ QQ_AVX2 QQ_INLINE __m128i score_four(const std::int8_t* fixed, const std::uint8_
 }
 
 QQ_AVX2 void score(const std::int8_t* fixed, std::int64_t rows, const std::uint8_t* codes, std::int64_t stride,
-                   std::int64_t tokens, std::int64_t size, std::int32_t* scores, std::int8_t*, Ahead) {
+                   std::int64_t tokens, std::int64_t size, std::int32_t* scores, const std::uint8_t*) {
   for (std::int64_t t = 0; t < tokens; t += 4) {
     const std::uint8_t* four[4];
     // Past the end the last token is read again; nobody reads those scores.
@@ -155,8 +155,8 @@ QQ_AVX2 QQ_INLINE __m256 seen_at(const std::uint8_t* seen, std::int64_t t, std::
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(shown, _mm256_setzero_si256()));
 }
 
-QQ_AVX2 void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* seen, std::int64_t visible,
-                   std::int64_t tokens, Row& row, std::int8_t* fixed) {
+QQ_AVX2 void weigh_row(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* seen, std::int64_t visible,
+                       std::int64_t tokens, Row& row, std::int8_t* fixed) {
   float* const x = reinterpret_cast<float*>(scores);
   const __m256 offset = _mm256_set1_ps(row.offset), step = _mm256_set1_ps(row.step);
   const __m256 hidden = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
@@ -193,6 +193,13 @@ QQ_AVX2 void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8
     offsets = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(whole)), _mm256_load_ps(n.v_zero + t), offsets);
   }
   row.weight_offset = sum_of(offsets);
+}
+
+QQ_AVX2 void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* const* seen,
+                   const std::int64_t* visible, std::int64_t tokens, std::int64_t rows, Row* state,
+                   std::int8_t* fixed) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    weigh_row(scores + r * kExact, n, seen[r], visible[r], tokens, state[r], fixed + r * fixed_bytes(kExact));
 }
 
 // ROWS rows' weights of at most kExact tokens against 32 columns, of which `width` exist.
@@ -238,7 +245,7 @@ constexpr AccumulateBlock kAccumulateBlock[2][2] = {{accumulate_block<1, false>,
 
 QQ_AVX2 void accumulate(const std::int8_t* fixed, const Row* state, std::int64_t rows, const std::uint8_t* codes,
                         std::int64_t stride, std::int64_t tokens, std::int64_t size, float* sums,
-                        std::int64_t sums_stride, std::int8_t*, Ahead) {
+                        std::int64_t sums_stride, std::int8_t*, const std::uint8_t*) {
   constexpr std::int64_t kColumns = 2 * kCodes;
   for (std::int64_t t = 0; t < tokens; t += kExact)
     for (std::int64_t first = 0; first < size; first += kColumns)

@@ -22,10 +22,8 @@ QQ_AVX512 QQ_INLINE __mmask16 lanes(std::int64_t count) {
 }
 
 QQ_AVX512 void widen(const std::uint16_t* halves, std::int64_t count, float* out) {
-  for (std::int64_t i = 0; i < count; i += kWide) {
-    const __mmask16 here = lanes(count - i);
-    _mm512_mask_storeu_ps(out + i, here, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, halves + i)));
-  }
+  for (std::int64_t i = 0; i < round_up(count, kLine); i += kWide)
+    _mm512_store_ps(out + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count - i), halves + i)));
 }
 
 QQ_AVX512 float load(const void* data, std::int64_t count, Real dtype, float* out) {
@@ -70,11 +68,12 @@ QQ_AVX512 void store(const float* data, std::int64_t count, Real dtype, void* ou
   }
 }
 
-// Writes 16 numbers of a fixed-point vector; hi and lo lie `padded` bytes apart.
+// Writes 16 numbers of a fixed-point vector, the low halves of x; hi and lo lie `padded` bytes apart.
 QQ_AVX512 QQ_INLINE void store_fixed(__m512i x, std::int8_t* fixed, std::int64_t padded) {
-  const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(fixed), _mm512_cvtepi32_epi8(hi));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(fixed + padded), _mm512_cvtepi32_epi8(x));  // x - 256 hi: its low byte
+  const __m256i both = _mm512_cvtepi32_epi16(x);
+  const __m256i hi = _mm256_srai_epi16(_mm256_add_epi16(both, _mm256_set1_epi16(128)), 8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(fixed), _mm256_cvtepi16_epi8(hi));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(fixed + padded), _mm256_cvtepi16_epi8(both));  // x - 256 hi: its low byte
 }
 
 QQ_AVX512 std::int32_t to_fixed(const float* x, std::int64_t count, float inverse, std::int8_t* fixed) {
@@ -89,67 +88,98 @@ QQ_AVX512 std::int32_t to_fixed(const float* x, std::int64_t count, float invers
   return _mm512_reduce_add_epi32(sum);
 }
 
-// 2^x for x <= 0 within 3.6 * 2^-24; minus infinity gives 0 and NaN NaN. Minimax polynomial of 2^f, |f| <= 1/2.
+// Added to a number below 2^22, it leaves the nearest integer in the low bits.
+constexpr float kRounder = 0x1.8p23f;
+
+// 2^x for x <= 0 within 3.6 * 2^-24, but 0 below -125; NaN gives NaN. Minimax polynomial of 2^f, |f| <= 1/2.
 QQ_AVX512 QQ_INLINE __m512 exp2(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
+  const __m512 shifted = _mm512_add_ps(x, _mm512_set1_ps(kRounder));
+  const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, _mm512_set1_ps(kRounder)));
   __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(0x1.5c08e6p-10f), f, _mm512_set1_ps(0x1.3d0c52p-7f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.c6b6e4p-5f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ebf918p-3f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.62e428p-1f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.000002p+0f));
-  return _mm512_scalef_ps(y, whole);
+  // The integer goes to the exponent by addition: faster than vscalefps.
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  const __mmask16 large = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(large, _mm512_castps_si512(y), exponent));
 }
 
 QQ_AVX512 QQ_INLINE float exp2_of(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
 
-QQ_AVX512 void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* seen, std::int64_t visible,
-                     std::int64_t tokens, Row& row, std::int8_t* fixed) {
+QQ_AVX512 QQ_INLINE __m512 score_at(const std::int32_t* scores, const ChunkNumbers& n, std::int64_t t, const Row& row) {
+  const __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(scores + t));
+  const __m512 centred = _mm512_fnmadd_ps(_mm512_load_ps(n.k_zero + t), _mm512_set1_ps(row.offset), dot);
+  return _mm512_mul_ps(centred, _mm512_mul_ps(_mm512_load_ps(n.k_scale + t), _mm512_set1_ps(row.step)));
+}
+
+// Scores from products, in place, minus infinity where hidden and up to a multiple of kLine; sets peak and fade.
+QQ_AVX512 QQ_INLINE void scale_scores(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* seen,
+                                      std::int64_t visible, std::int64_t tokens, Row& row) {
   float* const x = reinterpret_cast<float*>(scores);
-  const std::int64_t padded = round_up(tokens, kLine);
-  const __m512 offset = _mm512_set1_ps(row.offset), step = _mm512_set1_ps(row.step);
   __m512 peaks = _mm512_set1_ps(row.peak);
-  for (std::int64_t t = 0; t < tokens; t += kWide) {
-    __mmask16 here = lanes(std::min(tokens, seen != nullptr ? tokens : visible) - t);
+  std::int64_t t = 0;
+  for (; seen == nullptr && t + kWide <= visible; t += kWide) {
+    const __m512 score = score_at(scores, n, t, row);
+    peaks = _mm512_max_ps(peaks, score);
+    _mm512_store_ps(x + t, score);
+  }
+  for (; t < round_up(tokens, kLine); t += kWide) {
+    __mmask16 here = lanes((seen != nullptr ? tokens : visible) - t);
     if (seen != nullptr) {
       const __m128i flags = _mm_maskz_loadu_epi8(here, seen + t);
       here = _mm_test_epi8_mask(flags, flags);
     }
-    const __m512 dot = _mm512_cvtepi32_ps(_mm512_loadu_si512(scores + t));
-    const __m512 centred = _mm512_fnmadd_ps(_mm512_load_ps(n.k_zero + t), offset, dot);
-    const __m512 score = _mm512_mul_ps(centred, _mm512_mul_ps(_mm512_load_ps(n.k_scale + t), step));
-    const __m512 kept = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), here, score);
-    peaks = _mm512_max_ps(peaks, kept);
-    _mm512_storeu_ps(x + t, kept);
+    const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const __m512 score = _mm512_mask_mov_ps(hidden, here, score_at(scores, n, t, row));
+    peaks = _mm512_max_ps(peaks, score);
+    _mm512_store_ps(x + t, score);
   }
   const float peak = _mm512_reduce_max_ps(peaks);
   row.fade = exp2_of(row.peak - peak);
   row.peak = peak;
+}
 
+// Weights times v_scale from scores, in place; sets total and weight_step.
+QQ_AVX512 QQ_INLINE void exponentiate(float* x, const ChunkNumbers& n, std::int64_t padded, Row& row) {
   __m512 totals = _mm512_setzero_ps(), tops = _mm512_setzero_ps();
-  for (std::int64_t t = 0; t < tokens; t += kWide) {
-    const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(x + t), _mm512_set1_ps(peak)));
+  for (std::int64_t t = 0; t < padded; t += kWide) {
+    const __m512 weight = exp2(_mm512_sub_ps(_mm512_load_ps(x + t), _mm512_set1_ps(row.peak)));
     totals = _mm512_add_ps(totals, weight);
-    const __m512 scaled = _mm512_mul_ps(weight, _mm512_maskz_load_ps(lanes(tokens - t), n.v_scale + t));
+    const __m512 scaled = _mm512_mul_ps(weight, _mm512_load_ps(n.v_scale + t));
     tops = _mm512_max_ps(tops, scaled);
-    _mm512_storeu_ps(x + t, scaled);
+    _mm512_store_ps(x + t, scaled);
   }
   row.total = row.total * row.fade + _mm512_reduce_add_ps(totals);
-  const float top = _mm512_reduce_max_ps(tops);
-  // Below this a chunk adds nothing that float32 could hold, and the inverse would overflow.
-  const __m512 inverse = _mm512_set1_ps(top > 0x1p-100f ? float(kLargest) / top : 0.0f);
-  row.weight_step = top / float(kLargest);
+  row.weight_step = _mm512_reduce_max_ps(tops) / float(kLargest);
+}
 
+// Those to fixed point; sets weight_offset.
+QQ_AVX512 QQ_INLINE void round_weights(const float* x, const ChunkNumbers& n, std::int64_t padded, Row& row,
+                                       std::int8_t* fixed) {
+  // Below this a chunk adds nothing that float32 could hold, and the inverse would overflow.
+  const __m512 inverse = _mm512_set1_ps(row.weight_step > 0x1p-115f ? 1.0f / row.weight_step : 0.0f);
+  const __m512 rounder = _mm512_set1_ps(kRounder);
   __m512 offsets = _mm512_setzero_ps();
   for (std::int64_t t = 0; t < padded; t += kWide) {
-    const __mmask16 here = lanes(tokens - t);
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, x + t), inverse));
-    const __m512 zero = _mm512_maskz_load_ps(here, n.v_zero + t);
-    offsets = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), zero, offsets);
-    store_fixed(whole, fixed + t, padded);
+    const __m512 shifted = _mm512_fmadd_ps(_mm512_load_ps(x + t), inverse, rounder);
+    offsets = _mm512_fmadd_ps(_mm512_sub_ps(shifted, rounder), _mm512_load_ps(n.v_zero + t), offsets);
+    store_fixed(_mm512_castps_si512(shifted), fixed + t, padded);
   }
   row.weight_offset = _mm512_reduce_add_ps(offsets);
+}
+
+// Step by step for all rows, so that one row's horizontal sums and divisions hide behind the next row's vectors.
+QQ_AVX512 void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* const* seen,
+                     const std::int64_t* visible, std::int64_t tokens, std::int64_t rows, Row* state,
+                     std::int8_t* fixed) {
+  const std::int64_t padded = round_up(tokens, kLine);
+  float* const x = reinterpret_cast<float*>(scores);
+  for (std::int64_t r = 0; r < rows; ++r) scale_scores(scores + r * kExact, n, seen[r], visible[r], tokens, state[r]);
+  for (std::int64_t r = 0; r < rows; ++r) exponentiate(x + r * kExact, n, padded, state[r]);
+  for (std::int64_t r = 0; r < rows; ++r)
+    round_weights(x + r * kExact, n, padded, state[r], fixed + r * fixed_bytes(kExact));
 }
 
 }  // namespace

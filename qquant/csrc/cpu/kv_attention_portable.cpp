@@ -47,7 +47,7 @@ std::int32_t to_fixed(const float* x, std::int64_t count, float inverse, std::in
 }
 
 void score(const std::int8_t* fixed, std::int64_t rows, const std::uint8_t* codes, std::int64_t stride,
-           std::int64_t tokens, std::int64_t size, std::int32_t* scores, std::int8_t*, Ahead) {
+           std::int64_t tokens, std::int64_t size, std::int32_t* scores, const std::uint8_t*) {
   for (std::int64_t t = 0; t < tokens; ++t)
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int16_t* x = numbers_of(fixed + r * query_stride(size));
@@ -58,8 +58,8 @@ void score(const std::int8_t* fixed, std::int64_t rows, const std::uint8_t* code
     }
 }
 
-void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* seen, std::int64_t visible,
-           std::int64_t tokens, Row& row, std::int8_t* fixed) {
+void weigh_row(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* seen, std::int64_t visible,
+               std::int64_t tokens, Row& row, std::int8_t* fixed) {
   alignas(kLine) float weights[kExact];
   float peak = row.peak;
   for (std::int64_t t = 0; t < tokens; ++t) {
@@ -86,9 +86,15 @@ void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* seen
   for (std::int64_t t = 0; t < tokens; ++t) row.weight_offset += float(numbers_of(fixed)[t]) * n.v_zero[t];
 }
 
+void weigh(std::int32_t* scores, const ChunkNumbers& n, const std::uint8_t* const* seen, const std::int64_t* visible,
+           std::int64_t tokens, std::int64_t rows, Row* state, std::int8_t* fixed) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    weigh_row(scores + r * kExact, n, seen[r], visible[r], tokens, state[r], fixed + r * fixed_bytes(kExact));
+}
+
 void accumulate(const std::int8_t* fixed, const Row* state, std::int64_t rows, const std::uint8_t* codes,
                 std::int64_t stride, std::int64_t tokens, std::int64_t size, float* sums, std::int64_t sums_stride,
-                std::int8_t*, Ahead) {
+                std::int8_t*, const std::uint8_t*) {
   constexpr std::int64_t kBlock = 64;
   for (std::int64_t r = 0; r < rows; ++r)
     for (std::int64_t first = 0; first < size; first += kBlock) {

@@ -1,6 +1,5 @@
 // The integer products of decode attention for AVX-512 VNNI, whose dot product takes four unsigned codes times four
-// signed bytes. One query row reads the codes as they lie; several rows share codes that were put in order once, the
-// panel.
+// signed bytes. One query row reads the codes as they lie; several rows share codes that are put in order first.
 
 #include "isa.h"
 #include "kv_attention.h"
@@ -19,25 +18,13 @@ QQ_AVX512 QQ_INLINE __mmask64 bytes(std::int64_t count) {
   return count >= kLine ? ~__mmask64(0) : (__mmask64(1) << (count < 0 ? 0 : count)) - 1;
 }
 
-// Asks for the next line of what comes next, if any is left.
-class Fetcher {
- public:
-  explicit Fetcher(const Ahead& ahead) : ahead_(ahead) {}
-
-  QQ_AVX512 QQ_INLINE void operator()() {
-    if (ahead_.rows <= 0) return;
-    _mm_prefetch(reinterpret_cast<const char*>(ahead_.codes + at_), _MM_HINT_T1);
-    at_ += kLine;
-    if (at_ < ahead_.size) return;
-    at_ = 0;
-    ahead_.codes += ahead_.stride;
-    --ahead_.rows;
-  }
-
- private:
-  Ahead ahead_;
-  std::int64_t at_ = 0;
-};
+// Asks for the next line of what will be read next. The compiler may not move other loads past it: it gathers these
+// otherwise, and a core has only so many lines on their way at a time.
+QQ_AVX512 QQ_INLINE void fetch(const std::uint8_t*& ahead) {
+  _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+  ahead += kLine;
+  asm volatile("" ::: "memory");
+}
 
 // Four vectors of 16 int32 to one: each 128-bit lane holds that lane's sums of a, b, c and d.
 QQ_AVX512 QQ_INLINE __m512i add_across_four(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -104,43 +91,6 @@ QQ_AVX512 void score_one(const std::int8_t* fixed, const std::uint8_t* codes, st
                         score_sixteen<BLOCKS, MASKED, false>(hi, lo, codes + t * stride, stride, tokens - t, tail));
 }
 
-// sums[ROWS][64] = X[row] . panel, where the panel holds `groups` lines of 4 x 64: line g, column c are the four codes
-// that meet numbers 4g to 4g + 3 of X. Rows of X lie `row_bytes` apart, hi and lo `padded`. Two lines are fetched per
-// group: there are at least half as many groups in a pass as lines that follow it.
-template <int ROWS>
-QQ_AVX512 QQ_INLINE void multiply(const std::int8_t* fixed, std::int64_t row_bytes, std::int64_t padded,
-                                  const std::int8_t* panel, std::int64_t groups, __m512i sum[ROWS][4], Fetcher& fetch) {
-  constexpr int kColumns = ROWS > 6 ? 2 : 4;  // at most 24 accumulators
-  for (int first = 0; first < 4; first += kColumns) {
-    __m512i part[ROWS][kColumns];
-    for (auto& row : part)
-      for (auto& column : row) column = _mm512_setzero_si512();
-    for (int limb = 0; limb < 2; ++limb) {
-      if (limb == 1)
-        for (auto& row : part)
-          for (auto& column : row) column = _mm512_slli_epi32(column, 8);
-      const std::int8_t* x = fixed + limb * padded;
-      for (std::int64_t g = 0; g < groups; ++g) {
-        const std::int8_t* line = panel + (g * 4 + first) * kLine;
-        fetch();
-        __m512i code[kColumns];
-        for (int c = 0; c < kColumns; ++c) code[c] = _mm512_load_si512(line + c * kLine);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-          int four;
-          __builtin_memcpy(&four, x + r * row_bytes + 4 * g, 4);
-          const __m512i numbers = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-          for (int c = 0; c < kColumns; ++c) part[r][c] = _mm512_dpbusd_epi32(part[r][c], code[c], numbers);
-        }
-        if (ROWS <= 6) fetch();
-      }
-    }
-    for (int r = 0; r < ROWS; ++r)
-      for (int c = 0; c < kColumns; ++c) sum[r][first + c] = part[r][c];
-  }
-}
-
 // Transposes 16 x 16 int32.
 QQ_AVX512 QQ_INLINE void transpose(__m512i x[16]) {
   __m512i y[16];
@@ -165,31 +115,60 @@ QQ_AVX512 QQ_INLINE void transpose(__m512i x[16]) {
   }
 }
 
-// Panel of up to 64 tokens of keys: columns are tokens, the contraction is over D.
-template <bool MASKED, bool FULL>
-QQ_AVX512 QQ_INLINE void pack_sixteen(const std::uint8_t* codes, std::int64_t stride, std::int64_t left, __mmask64 here,
-                                      std::int8_t* panel) {
-  __m512i block[16];
+// 64 columns of 16 tokens, turned: vector i holds columns 4i to 4i + 3 of every token. Only `left` tokens exist; the
+// last of them stands in for the others, whose products nobody reads.
+QQ_AVX512 QQ_INLINE void load_transposed(const std::uint8_t* codes, std::int64_t stride, std::int64_t left,
+                                         std::int64_t width, __m512i x[16]) {
+  if (left >= 16 && width >= kLine) {
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    block[i] = line_at<MASKED>(codes + (FULL ? i : std::min<std::int64_t>(i, left - 1)) * stride, here);
-  transpose(block);
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(codes + i * stride);
+  } else {
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(panel + i * 4 * kLine, block[i]);
+    for (int i = 0; i < 16; ++i)
+      x[i] = _mm512_maskz_loadu_epi8(bytes(width), codes + std::min<std::int64_t>(i, left - 1) * stride);
+  }
+  transpose(x);
 }
 
-QQ_AVX512 void pack_keys(const std::uint8_t* codes, std::int64_t stride, std::int64_t tokens, std::int64_t size,
-                         std::int8_t* panel) {
-  for (std::int64_t t = 0; t < tokens; t += 16)
-    for (std::int64_t d = 0; d < size; d += kLine) {
-      std::int8_t* to = panel + d * kLine + t * 4;
-      const std::uint8_t* from = codes + t * stride + d;
-      if (t + 16 <= tokens && d + kLine <= size)
-        pack_sixteen<false, true>(from, stride, 16, 0, to);
-      else
-        pack_sixteen<true, false>(from, stride, tokens - t, bytes(size - d), to);
-    }
+QQ_AVX512 QQ_INLINE __m512i four_of(const std::int8_t* fixed) {
+  int four;
+  __builtin_memcpy(&four, fixed, 4);
+  return _mm512_set1_epi32(four);
 }
+
+// Scores of several queries of up to kUsualHead numbers, or of one of any size, 16 tokens at a time. The codes are
+// turned in registers: while their products are summed, the processor already turns the next.
+template <int ROWS>
+QQ_AVX512 void score_rows(const std::int8_t* fixed, const std::uint8_t* codes, std::int64_t stride, std::int64_t tokens,
+                          std::int64_t size, std::int32_t* scores, const std::uint8_t* ahead) {
+  const std::int64_t padded = round_up(size, kLine);
+  for (std::int64_t t = 0; t < tokens; t += 16) {
+    __m512i hi[ROWS], lo[ROWS];
+    for (int r = 0; r < ROWS; ++r) hi[r] = lo[r] = _mm512_setzero_si512();
+    for (std::int64_t d = 0; d < size; d += kLine) {
+      __m512i code[16];
+      load_transposed(codes + t * stride + d, stride, tokens - t, size - d, code);
+      const std::int8_t* const x = fixed + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        fetch(ahead);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          const std::int8_t* const four = x + r * query_stride(kUsualHead) + 4 * i;
+          hi[r] = _mm512_dpbusd_epi32(hi[r], code[i], four_of(four));
+          lo[r] = _mm512_dpbusd_epi32(lo[r], code[i], four_of(four + padded));
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      _mm512_storeu_si512(scores + r * kExact + t, _mm512_add_epi32(_mm512_slli_epi32(hi[r], 8), lo[r]));
+  }
+}
+
+using ScoreRows = void (*)(const std::int8_t*, const std::uint8_t*, std::int64_t, std::int64_t, std::int64_t,
+                           std::int32_t*, const std::uint8_t*);
+constexpr ScoreRows kScoreRows[] = {score_rows<1>, score_rows<2>, score_rows<3>, score_rows<4>,
+                                    score_rows<5>, score_rows<6>, score_rows<7>, score_rows<8>};
 
 // Four tokens' codes of 64 columns, interleaved: the 128-bit lanes of vector i hold columns 4i to 4i + 3 of each 16.
 // Without FULL only `left` of the tokens exist.
@@ -224,23 +203,6 @@ QQ_AVX512 QQ_INLINE void add_to_row(__m512 found, const Row& row, float* out) {
   const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(out), _mm512_set1_ps(row.fade));
   _mm512_storeu_ps(out, _mm512_fmadd_ps(centred, _mm512_set1_ps(row.weight_step), before));
 }
-
-template <int ROWS, bool USUAL>
-QQ_AVX512 void score_rows(const std::int8_t* fixed, const std::int8_t* panel, std::int64_t size, std::int32_t* scores,
-                          Fetcher& fetch) {
-  __m512i sum[ROWS][4];
-  multiply<ROWS>(fixed, query_stride(USUAL ? kUsualHead : size), round_up(size, kLine), panel, (size + 3) / 4, sum,
-                 fetch);
-  for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < 4; ++c) _mm512_storeu_si512(scores + r * kExact + c * kWide, sum[r][c]);
-}
-
-using ScoreRows = void (*)(const std::int8_t*, const std::int8_t*, std::int64_t, std::int32_t*, Fetcher&);
-constexpr ScoreRows kScoreRows[8][2] = {
-    {score_rows<1, false>, score_rows<1, true>}, {score_rows<2, false>, score_rows<2, true>},
-    {score_rows<3, false>, score_rows<3, true>}, {score_rows<4, false>, score_rows<4, true>},
-    {score_rows<5, false>, score_rows<5, true>}, {score_rows<6, false>, score_rows<6, true>},
-    {score_rows<7, false>, score_rows<7, true>}, {score_rows<8, false>, score_rows<8, true>}};
 
 using ScoreOne = void (*)(const std::int8_t*, const std::uint8_t*, std::int64_t, std::int64_t, std::int64_t,
                           std::int32_t*);
@@ -311,60 +273,91 @@ using AccumulateOne = void (*)(const std::int8_t*, const Row&, const std::uint8_
 constexpr AccumulateOne kAccumulateOne[2][2] = {{accumulate_one<1, false>, accumulate_one<1, true>},
                                                 {accumulate_one<2, false>, accumulate_one<2, true>}};
 
-template <int ROWS>
-QQ_AVX512 void accumulate_rows(const std::int8_t* fixed, const Row* state, const std::int8_t* panel,
-                               std::int64_t tokens, float* sums, std::int64_t sums_stride, Fetcher& fetch) {
+// Values of one chunk: up to 64 columns of codes, and the panel that keeps them interleaved once they were read.
+struct Values {
+  const std::uint8_t* codes;
+  std::int64_t stride, tokens, width;
+  std::int8_t* panel;
+};
+
+// sum[ROWS][4] = W[row] . values, in interleave's order of columns. The first pass over the codes interleaves them and,
+// with PACK, keeps them for the others; without it they are in the panel already.
+template <int ROWS, bool PACK>
+QQ_AVX512 QQ_INLINE void multiply(const std::int8_t* fixed, const Values& v, const std::uint8_t* ahead,
+                                  __m512i sum[ROWS][4]) {
+  constexpr int kColumns = ROWS > 5 ? 2 : 4;  // at most 20 accumulators: interleaving needs registers too
+  const std::int64_t padded = round_up(v.tokens, kLine);
+  for (int first = 0; first < 4; first += kColumns) {
+    __m512i part[ROWS][kColumns];
+    for (auto& row : part)
+      for (auto& column : row) column = _mm512_setzero_si512();
+    for (int limb = 0; limb < 2; ++limb) {
+      if (limb == 1)
+        for (auto& row : part)
+          for (auto& column : row) column = _mm512_slli_epi32(column, 8);
+      const std::int8_t* x = fixed + limb * padded;
+      for (std::int64_t t = 0; t < v.tokens; t += 4) {
+        __m512i code[4];
+        for (int i = 0; PACK && i < kColumns / 2; ++i) fetch(ahead);
+        if (PACK && first + limb == 0) {
+          const std::uint8_t* from = v.codes + t * v.stride;
+          if (v.tokens - t >= 4 && v.width >= kLine)
+            interleave<false, true>(from, v.stride, 4, 0, code);
+          else
+            interleave<true, false>(from, v.stride, v.tokens - t, bytes(v.width), code);
+          for (int c = 0; c < 4; ++c) _mm512_store_si512(v.panel + (t + c) * kLine, code[c]);
+        } else {
+          for (int c = 0; c < kColumns; ++c) code[c] = _mm512_load_si512(v.panel + (t + first + c) * kLine);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          const __m512i numbers = four_of(x + r * fixed_bytes(kExact) + t);
+#pragma GCC unroll 4
+          for (int c = 0; c < kColumns; ++c) part[r][c] = _mm512_dpbusd_epi32(part[r][c], code[c], numbers);
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < kColumns; ++c) sum[r][first + c] = part[r][c];
+  }
+}
+
+template <int ROWS, bool PACK>
+QQ_AVX512 void accumulate_rows(const std::int8_t* fixed, const Row* state, const Values& values, float* sums,
+                               std::int64_t sums_stride, const std::uint8_t* ahead) {
   __m512i sum[ROWS][4];
-  multiply<ROWS>(fixed, fixed_bytes(kExact), round_up(tokens, kLine), panel, (tokens + 3) / 4, sum, fetch);
+  multiply<ROWS, PACK>(fixed, values, ahead, sum);
   for (int r = 0; r < ROWS; ++r) {
     order_columns(sum[r]);
     for (int c = 0; c < 4; ++c) add_to_row(_mm512_cvtepi32_ps(sum[r][c]), state[r], sums + r * sums_stride + c * kWide);
   }
 }
 
-using AccumulateRows = void (*)(const std::int8_t*, const Row*, const std::int8_t*, std::int64_t, float*, std::int64_t,
-                                Fetcher&);
-constexpr AccumulateRows kAccumulateRows[] = {accumulate_rows<1>, accumulate_rows<2>, accumulate_rows<3>,
-                                              accumulate_rows<4>, accumulate_rows<5>, accumulate_rows<6>,
-                                              accumulate_rows<7>, accumulate_rows<8>};
-
-// Panel of 64 columns of values: contraction is over tokens.
-template <bool MASKED>
-QQ_AVX512 void pack_values(const std::uint8_t* codes, std::int64_t stride, std::int64_t tokens, std::int64_t width,
-                           std::int8_t* panel) {
-  __m512i column[4];
-  std::int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) {
-    interleave<MASKED, true>(codes + t * stride, stride, 4, bytes(width), column);
-    for (int i = 0; i < 4; ++i) _mm512_store_si512(panel + (t + i) * kLine, column[i]);
-  }
-  if (t == tokens) return;
-  interleave<MASKED, false>(codes + t * stride, stride, tokens - t, bytes(width), column);
-  for (int i = 0; i < 4; ++i) _mm512_store_si512(panel + (t + i) * kLine, column[i]);
-}
+using AccumulateRows = void (*)(const std::int8_t*, const Row*, const Values&, float*, std::int64_t,
+                                const std::uint8_t*);
+constexpr AccumulateRows kAccumulateRows[8][2] = {
+    {accumulate_rows<1, false>, accumulate_rows<1, true>}, {accumulate_rows<2, false>, accumulate_rows<2, true>},
+    {accumulate_rows<3, false>, accumulate_rows<3, true>}, {accumulate_rows<4, false>, accumulate_rows<4, true>},
+    {accumulate_rows<5, false>, accumulate_rows<5, true>}, {accumulate_rows<6, false>, accumulate_rows<6, true>},
+    {accumulate_rows<7, false>, accumulate_rows<7, true>}, {accumulate_rows<8, false>, accumulate_rows<8, true>}};
 
 }  // namespace
 
 QQ_AVX512 void score_avx512(const std::int8_t* fixed, std::int64_t rows, const std::uint8_t* codes, std::int64_t stride,
-                            std::int64_t tokens, std::int64_t size, std::int32_t* scores, std::int8_t* packed,
-                            Ahead ahead) {
+                            std::int64_t tokens, std::int64_t size, std::int32_t* scores, const std::uint8_t* ahead) {
   if (rows == 1 && size > 0 && size <= 4 * kLine)
     return kScoreOne[(size - 1) / kLine][size % kLine != 0](fixed, codes, stride, tokens, size, scores);
-  Fetcher fetch(ahead);
-  for (std::int64_t t = 0; t < tokens; t += kLine) {
-    pack_keys(codes + t * stride, stride, std::min<std::int64_t>(kLine, tokens - t), size, packed);
-    for (std::int64_t r = 0, block; r < rows; r += block) {
-      block = rows_of_block(rows - r);
-      kScoreRows[block - 1][size <= kUsualHead](fixed + r * query_stride(size), packed, size, scores + r * kExact + t,
-                                                fetch);
-    }
+  for (std::int64_t r = 0, block; r < rows; r += block) {
+    block = size <= kUsualHead ? rows_of_block(rows - r) : 1;
+    kScoreRows[block - 1](fixed + r * query_stride(size), codes, stride, tokens, size, scores + r * kExact,
+                          r == 0 ? ahead : codes);
   }
 }
 
 QQ_AVX512 void accumulate_avx512(const std::int8_t* fixed, const Row* state, std::int64_t rows,
                                  const std::uint8_t* codes, std::int64_t stride, std::int64_t tokens, std::int64_t size,
-                                 float* sums, std::int64_t sums_stride, std::int8_t* packed, Ahead ahead) {
-  Fetcher fetch(ahead);
+                                 float* sums, std::int64_t sums_stride, std::int8_t* packed,
+                                 const std::uint8_t* ahead) {
   const std::int64_t at_once = rows == 1 ? 2 * kLine : kLine;
   for (std::int64_t first = 0; first < size; first += at_once) {
     const std::int64_t width = std::min(at_once, size - first);
@@ -373,11 +366,11 @@ QQ_AVX512 void accumulate_avx512(const std::int8_t* fixed, const Row* state, std
       kAccumulateOne[(width - 1) / kLine][masked](fixed, *state, codes + first, stride, tokens, width, sums + first);
       continue;
     }
-    (masked ? pack_values<true> : pack_values<false>)(codes + first, stride, tokens, width, packed);
+    const Values values{codes + first, stride, tokens, width, packed};
     for (std::int64_t r = 0, block; r < rows; r += block) {
       block = rows_of_block(rows - r);
-      kAccumulateRows[block - 1](fixed + r * fixed_bytes(kExact), state + r, packed, tokens,
-                                 sums + r * sums_stride + first, sums_stride, fetch);
+      kAccumulateRows[block - 1][r == 0](fixed + r * fixed_bytes(kExact), state + r, values,
+                                         sums + r * sums_stride + first, sums_stride, ahead + first * tokens);
     }
   }
 }
