@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="five shapes instead of all")
     parser.add_argument("--batch", type=int, help="only this batch")
-    parser.add_argument("--tokens", type=int, nargs="+", help="only these numbers of tokens")
+    parser.add_argument("--tokens", type=int, help="only this many tokens")
     parser.add_argument("--head-size", type=int, help="only this head size")
     args = parser.parse_args()
     host = _native.host()
@@ -208,9 +208,7 @@ def main() -> None:
     shapes = [
         (batch, query_heads, kv_heads, tokens, size)
         for batch, query_heads, kv_heads, tokens, size in (QUICK if args.quick else all_shapes())
-        if args.batch in (None, batch)
-        and (args.tokens is None or tokens in args.tokens)
-        and args.head_size in (None, size)
+        if args.batch in (None, batch) and args.tokens in (None, tokens) and args.head_size in (None, size)
     ]
     decode, store = [], []
     print("| B | Hq | H | T | D | ours ms | torch SDPA ms | torch matmul ms | ratio | GB/s | share of read bandwidth |")

@@ -92,10 +92,10 @@ const std::uint16_t* numbers_at(const Numbers& numbers, const Task& task, std::i
 constexpr std::int64_t kPage = 4096;
 
 // Asks for one line in every `step` bytes of what will be read soon. Every line only at beginnings: once a stretch is
-// being read in order, the processor's own prefetching is faster than this. Into the second cache: the first is in use.
+// being read in order, the processor's own prefetching is faster than this.
 void fetch(const void* data, std::int64_t bytes, std::int64_t step) {
 #if defined(__GNUC__) || defined(__clang__)
-  for (std::int64_t b = 0; b < bytes; b += step) __builtin_prefetch(static_cast<const char*>(data) + b, 0, 2);
+  for (std::int64_t b = 0; b < bytes; b += step) __builtin_prefetch(static_cast<const char*>(data) + b);
 #else
   (void)data, (void)bytes, (void)step;
 #endif
