@@ -50,6 +50,11 @@ $(STAMP)-dev: requirements/dev.txt $(STAMP)-base
 	@$(PIP) install -r requirements/dev.txt
 	@touch $@
 
+$(STAMP)-vocabulary: requirements/vocabulary.txt $(STAMP)-base
+	@echo "installing requirements/vocabulary.txt"
+	@$(PIP) install --no-deps -r requirements/vocabulary.txt
+	@touch $@
+
 $(STAMP)-package: pyproject.toml setup.py build_cuda.py $(wildcard qquant/csrc/* qquant/csrc/*/*) $(STAMP)-base
 	@echo "installing qquant"
 	@$(PIP) install --no-build-isolation --no-deps -e .
@@ -61,7 +66,7 @@ install: $(STAMP)-package
 quickstart: $(STAMP)-package
 	@$(PY) examples/quickstart.py
 
-test: $(STAMP)-package $(STAMP)-dev
+test: $(STAMP)-package $(STAMP)-dev $(STAMP)-vocabulary
 	$(PY) -m pytest -q $(PYTEST_ARGS)
 
 check: $(STAMP)-package $(STAMP)-dev

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import DynamicCache
 
 import qquant
+from qquant.models.qwen.configuration import QWenConfig
+from qquant.models.qwen.modeling import QWenLMHeadModel
 
 # GB of Qwen's README (7B, BF16, A100-80G): full cache, quantized cache. None: out of memory.
 BATCHES: dict[int, tuple[float | None, float]] = {
@@ -33,23 +35,21 @@ STEPS = 24
 """Tokens that are really decoded after the cache has been filled; the first four warm up."""
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen-7b": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 151936,
-    },
+    "qwen-7b": {},
     "tiny": {
-        "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": 512,
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 512,
     },
 }  # fmt: skip
+"""What differs from Qwen-7B, which is what a configuration of this type is by itself."""
 
 
 def make_model(shape: str, device: str) -> Any:
-    """A random bfloat16 model whose every tensor has Qwen-7B's size (biases apart)."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=16384, tie_word_embeddings=False)
+    """A random bfloat16 Qwen v1 model."""
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model: Any = QWenLMHeadModel(QWenConfig(**SHAPES[shape]))
+    return model.to(torch.bfloat16).eval()
 
 
 def fill(cache: Any, model: Any, batch: int, tokens: int) -> None:

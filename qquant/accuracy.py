@@ -161,6 +161,29 @@ def evaluate(
     return _summarize(reference, None), {label: _summarize(tally, reference) for label, tally in tallies.items()}
 
 
+def log_probs(ours: Tensor, theirs: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Log-probabilities a few tokens at a time, so that what is float32 of them stays small.
+
+    Args:
+        ours: [tokens, vocab] logits. Read, never written.
+        theirs: the same of the model to compare with, or None.
+
+    Yields:
+        Which tokens, ours [rows, vocab] and theirs (or None) on the device of ours, both float32.
+    """
+    size = max(1, _CHUNK_ELEMENTS // ours.shape[1])
+    for begin in range(0, ours.shape[0], size):
+        rows = slice(begin, min(begin + size, ours.shape[0]))
+        log_q = torch.log_softmax(ours[rows].float(), dim=-1)
+        log_p = None if theirs is None else torch.log_softmax(theirs[rows].float().to(log_q.device), dim=-1)
+        yield rows, log_q, log_p
+
+
+def token_nll(log_q: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood [rows] float64, on the CPU, of targets [rows] under log-probabilities [rows, vocab]."""
+    return -log_q.gather(1, targets[:, None].to(log_q.device))[:, 0].double().cpu()
+
+
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row, never below zero.
 
@@ -197,30 +220,24 @@ def _checked(logits: Tensor, keep: int, baseline: Tensor | None, label: str) -> 
 
 def _score_window(ours: Tensor, theirs: Tensor | None, targets: Tensor, offset: int, tally: _Tally, label: str) -> None:
     """Write one window's per-token results into ``tally`` from place ``offset`` on; modifies ``tally`` only."""
-    size = max(1, _CHUNK_ELEMENTS // ours.shape[1])
-    for begin in range(0, ours.shape[0], size):
-        rows = slice(begin, begin + size)
-        wanted = targets[rows, None].to(ours.device)
-        place = slice(offset + begin, offset + begin + wanted.shape[0])
-        log_q = _log_probs(ours[rows], label, place)
-        tally.nll[place] = -log_q.gather(1, wanted)[:, 0].double().cpu()
-        if theirs is not None:
-            # The baseline's own pass over these rows has already proved them finite.
-            log_p = torch.log_softmax(theirs[rows].float().to(log_q.device), dim=-1)
+    # Theirs are finite: the baseline's own pass over these tokens has proved it.
+    for rows, log_q, log_p in log_probs(ours, theirs):
+        place = slice(offset + rows.start, offset + rows.stop)
+        _refuse_infinite(log_q, label, place)
+        tally.nll[place] = token_nll(log_q, targets[rows])
+        if log_p is not None:
             tally.kl[place] = kl_divergence(log_p, log_q).float().cpu()
             tally.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
 
 
-def _log_probs(logits: Tensor, label: str, place: slice) -> Tensor:
-    """[rows, vocab] float32 log-probabilities, or NumericError that says whose and where."""
-    result = torch.log_softmax(logits.float(), dim=-1)
+def _refuse_infinite(log_q: Tensor, label: str, place: slice) -> None:
+    """Raise NumericError that says whose log-probabilities [rows, vocab] are of no use, and where."""
     # One bad logit makes some log-probability NaN or -inf; amin shows either without a mask as large as the logits.
-    if not math.isfinite(result.amin().item()):
+    if not math.isfinite(log_q.amin().item()):
         raise NumericError(
             f"{label} returned a logit that is not finite for tokens {place.start + 1} to {place.stop} of the text; "
             "the model is damaged, or its dtype overflows: try bfloat16 or float32"
         )
-    return result
 
 
 def _summarize(tally: _Tally, baseline: _Tally | None) -> Accuracy:

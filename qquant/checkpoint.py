@@ -6,9 +6,7 @@ The tensors' layout is packing.py, reading and writing shards is shards.py, the 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -16,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qquant
+from qquant.adapter import WEIGHTS_NAME
+from qquant.adapter_settings import CONFIG_NAME
 from qquant.config import QuantizeConfig, QuantizeLog
-from qquant.errors import BadModelError, NumericError, UsageError
+from qquant.errors import BadModelError, NumericError, QquantError, UsageError
 from qquant.hf_plugin import METHOD, GptqFileConfig, GptqLoader, check_keys, swap_linears
+from qquant.json_files import read_json, write_json
 from qquant.kv_cache_quant import enable_as_configured
 from qquant.linear import Kernel
 from qquant.models.layouts import block_list, linears
@@ -30,23 +32,12 @@ from qquant.packing import packable, period
 from qquant.publish import Kind
 from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.solver import group_columns
-from qquant.sources import LoadedModel, StreamedModel, compute_dtype, read_config, resolve_folder
+from qquant.sources import BUILD_ERRORS, LoadedModel, StreamedModel, compute_dtype, read_config, resolve_folder
 
 _log = logging.getLogger("qquant")
 
 MANIFEST_NAME = "manifest.json"
 LOG_NAME = "quant_log.json"
-_CARRIED = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "*.tiktoken", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.*", "generation_config.json",
-    "LICENSE*", "NOTICE*",
-)  # fmt: skip
-# Keys that name places on the machine that saved them, code to run, or files that are not there any more.
-_DROPPED_KEYS = frozenset((
-    "_name_or_path", "name_or_path", "auto_map", "tokenizer_file", "vocab_file", "merges_file",
-    "special_tokens_map_file", "cache_dir", "custom_pipelines", "transformers_weights",
-))  # fmt: skip
-
 _NOTHING_LEFT = "the rules leave every linear layer alone, so there is nothing to quantize; remove some"
 _ZEROS_AS = "gptqmodel:0.9.0"
 """GPTQModel refuses asymmetric v1 zeros unless a writer is named that stores them by its rule, as we do."""
@@ -181,22 +172,6 @@ QUANTIZED_FOLDER = Kind("a quantized model's folder", _is_quantized)
 """What ``published`` makes here, and may replace."""
 
 
-def write_side_files(source: Path, target: Path, keys: Mapping[str, Any]) -> None:
-    """config.json with the quantization keys, quantize_config.json, tokenizer, chat template, generation config."""
-    config = _without_local_keys(read_json(source / "config.json"))
-    config["quantization_config"] = dict(keys)
-    write_json(target / "config.json", config)
-    write_json(target / "quantize_config.json", dict(keys))
-    carried = {path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()}
-    for path in sorted(carried):
-        content = read_json(path) if path.name.endswith("_config.json") else {}
-        clean = _without_local_keys(content)
-        if clean != content:
-            write_json(target / path.name, clean)
-        else:
-            shutil.copyfile(path, target / path.name)
-
-
 def write_manifest(
     target: Path,
     *,
@@ -205,6 +180,7 @@ def write_manifest(
     data: Mapping[str, Any],
     log: QuantizeLog,
     computed_in: str,
+    adapter: Path | None = None,
 ) -> None:
     """The quantization log and a manifest of everything: inputs, options, versions and the sha256 of every file.
 
@@ -217,6 +193,7 @@ def write_manifest(
         {
             "schema_version": 1,
             "source": {"name": source.resolve().name, "files": {name: sha256(source / name) for name in names}},
+            **(_adapter_entry(adapter) if adapter is not None else {}),
             "config": config.model_dump(mode="json"),
             "compute_dtype": computed_in,
             "data": dict(data),
@@ -225,6 +202,11 @@ def write_manifest(
             "files": {path.name: sha256(path) for path in sorted(target.iterdir()) if path.name != MANIFEST_NAME},
         },
     )
+
+
+def _adapter_entry(adapter: Path) -> dict[str, Any]:
+    files = {name: sha256(adapter / name) for name in (CONFIG_NAME, WEIGHTS_NAME)}
+    return {"adapter": {"name": adapter.resolve().name, "files": files}}
 
 
 def reopen(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> StreamedModel:
@@ -345,36 +327,45 @@ def load_quantized(
     return model
 
 
+def load_model(
+    folder: Path, *, dtype: torch.dtype | str = "auto", device: torch.device, int8_cache: bool | None = False
+) -> PreTrainedModel:
+    """A local folder's model, quantized or not, on one device, with every file and tensor accounted for.
+
+    Args:
+        folder: the model.
+        dtype: compute dtype, see ``load_quantized``.
+        device: where all of it goes.
+        int8_cache: whether ``generate`` keeps keys and values in 8 bits, by the compiled kernels; None: both as
+            config.json says.
+
+    Raises:
+        BadModelError: damaged or incomplete files, or a model that cannot be built.
+    """
+    stored = CheckpointReader(folder)  # refuses damaged files, and names that lead outside, before they are opened
+    wanted = bool(getattr(read_config(folder), "use_cache_quantization", False)) if int8_cache is None else int8_cache
+    try:
+        model = load_quantized(
+            folder,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": str(device)},
+            use_cache_quantization=wanted,
+            use_cache_kernel=True if int8_cache else None,
+        )
+    except (QquantError, torch.OutOfMemoryError):
+        raise
+    except (*BUILD_ERRORS, SafetensorError) as error:
+        reason = str(error).split("\n")[0][:300]
+        raise BadModelError(f"the model in {folder} cannot be loaded: {reason}") from error
+    if not is_quantized(folder):  # transformers fills what is missing with random numbers
+        known = {*stored.entries, *(getattr(model, "all_tied_weights_keys", None) or ())}
+        if missing := sorted(model.state_dict().keys() - known):
+            raise BadModelError(f"tensor {missing[0]} is missing from {folder} ({len(missing)} missing in all)")
+    model.eval()
+    return model
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; raises BadModelError if it is absent or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadModelError(f"a model folder must hold {path.name}, {path.parent} does not") from error
-    except (ValueError, RecursionError) as error:
-        raise BadModelError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Readable JSON with a newline at the end."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _without_local_keys(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The same keys but for those that name places or code, at any depth."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return _without_local_keys(value)
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return {key: clean(value) for key, value in content.items() if key not in _DROPPED_KEYS}

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import qquant
+from qquant.chat import chat_command
 from qquant.doctor import doctor_command
 from qquant.eval import evaluate_command
 from qquant.gptq import quantize_command
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize_command)
 app.command("eval")(evaluate_command)
+app.command("chat")(chat_command)
 app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)
 

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,20 +41,32 @@ EXTRAS = {
     "lm-eval": ("eval", "the harness behind published benchmark scores"),
     "matplotlib": ("plots", "plots in reports"),
 }
+# Packages of other tools that a user may come with, and which have a line here once they are installed or named:
+# distribution -> (why it is not used, what to do).
+RETIRED = {
+    "auto-gptq": (
+        "not used: archived in 2025, it cannot be imported beside transformers 5; qquant.compat.auto_gptq stands in",
+        "from qquant.compat.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig  # in place of auto_gptq",
+    ),
+}
 GIB = 1 << 30
 PROBE_FLOOR_BYTES = 256 << 20
 """The probe's buffer on processors whose cache is small or unknown."""
 
 
 def doctor_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Show these findings only; also explains auto-gptq.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same findings as JSON.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Also measure memory read bandwidth (a second).")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show what works here, what does not, and how to fix it. Exit code 0 if the core works."""
     with user_errors(debug=debug):
-        rows = examine(probe=probe)
+        rows = examine(probe=probe, named=names or ())
         healthy = all(row["state"] != "broken" for row in rows)
+        rows = _only(rows, names) if names else rows
         if as_json:
             typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, "ok": healthy, "findings": rows}, indent=2))
         else:
@@ -63,13 +75,30 @@ def doctor_command(
         raise typer.Exit(1)
 
 
-def examine(*, probe: bool = False) -> list[dict[str, Any]]:
+def examine(*, probe: bool = False, named: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every finding as ``area, name, state, found, fix``; only a ``broken`` one keeps the core from working.
 
     Args:
         probe: also measure how fast one thread reads memory.
+        named: packages that the user asks about; one that is not used here is explained even if it is not installed.
     """
-    return [*_python(), *_torch(), *_core(), *_extras(), *_native(), *_machine(probe=probe)]
+    return [*_python(), *_torch(), *_core(), *_extras(), *_retired(named), *_native(), *_machine(probe=probe)]
+
+
+def _only(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The findings with these names; raises UsageError for a name that there is none of."""
+    from qquant.errors import UsageError
+
+    found = {_canonical(row["name"]): row for row in rows}
+    unknown = [name for name in names if _canonical(name) not in found]
+    if unknown:
+        raise UsageError(f"doctor has nothing named {unknown[0]!r}; it knows {', '.join(sorted({*found, *RETIRED}))}")
+    return [found[name] for name in dict.fromkeys(map(_canonical, names))]
+
+
+def _canonical(name: str) -> str:
+    """As package indexes write a name: auto_gptq is auto-gptq."""
+    return name.lower().replace("_", "-")
 
 
 def _row(area: str, name: str, state: State, found: str, fix: str = "") -> dict[str, Any]:
@@ -153,10 +182,15 @@ def _extras() -> Iterator[dict[str, Any]]:
             yield _row("optional", name, "ok", version)
         else:
             yield _row("optional", name, "absent", use, f"pip install 'qquant[{extra}]'")
-    version = _version("auto-gptq")
-    if version:
-        found = f"{version}: inert, it cannot be imported beside transformers 5; qquant reads its files without it"
-        yield _row("optional", "auto-gptq", "absent", found, "pip uninstall auto-gptq  # nothing here needs it")
+
+
+def _retired(named: Sequence[str]) -> Iterator[dict[str, Any]]:
+    asked = {_canonical(name) for name in named}
+    for name, (why, instead) in RETIRED.items():
+        version = _version(name)
+        if version or name in asked:
+            found = f"{version} is installed and {why}" if version else why
+            yield _row("optional", name, "absent", found, instead)
 
 
 def _native() -> Iterator[dict[str, Any]]:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qquant.calibrate import check_tokenizer
 from qquant.errors import BadDataError, UsageError
 from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
-from qquant.sources import compute_dtype, pick_dtype, read_config, resolve_folder
+from qquant.shards import DTYPES, CheckpointReader
+from qquant.sources import compute_dtype, load_tokenizer, pick_dtype, read_config, resolve_folder
 
 OWN_TEXT = "eval.txt"
 """A text of this name in the baseline's folder is evaluated on when no other is named."""
@@ -37,7 +39,17 @@ def labelled(folders: Sequence[Path]) -> dict[str, Path]:
 def common_dtype(baseline: Path, name: str, device: torch.device) -> torch.dtype:
     """The one dtype that every model computes in."""
     asked = pick_dtype(name)
-    return asked or compute_dtype(getattr(read_config(baseline), "dtype", None) or torch.float32, device)
+    return asked or compute_dtype(stored_dtype(baseline), device)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What config.json calls the dtype of the weights, or where it is silent, that of most matrices in the files."""
+    named = getattr(read_config(folder), "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    found = [DTYPES[e.spec.dtype] for e in CheckpointReader(folder).entries.values() if len(e.spec.shape) > 1]
+    floating = [dtype for dtype in found if dtype.is_floating_point]
+    return max(set(floating), key=floating.count, default=torch.float32)
 
 
 def prompt_length(folders: Iterable[Path], seq_len: int) -> int:
@@ -51,8 +63,28 @@ def prompt_length(folders: Iterable[Path], seq_len: int) -> int:
     return max(0, min(seq_len, limit - DECODE_TOKENS * DECODE_ROUNDS))
 
 
-def read_ids(path: Path, tokenizer: Any, seq_len: int, max_tokens: int | None) -> tuple[Tensor, str]:
-    """The text as [tokens] int64 ids without special tokens, and the sha256 of the file."""
+def read_text(
+    path: Path, baseline: Path, *, longest: int, max_tokens: int | None, option: str = "seq_len"
+) -> tuple[Tensor, str]:
+    """A text as the baseline's tokenizer cuts it, without special tokens.
+
+    Args:
+        path: UTF-8 text, gzipped if named ``.gz``.
+        baseline: folder with the tokenizer.
+        longest: tokens of the longest window; the text must have more.
+        max_tokens: tokens used from its start; None: all.
+        option: what ``longest`` came from, for the message of a text that is too short.
+
+    Returns:
+        [tokens] int64, and the sha256 of the file.
+
+    Raises:
+        BadDataError: no such text, no UTF-8, or too short.
+        BadModelError: no usable tokenizer.
+    """
+    tokenizer = load_tokenizer(baseline)
+    if warning := check_tokenizer(tokenizer, baseline):
+        logging.getLogger("qquant").warning("%s", warning)
     if not path.is_file():
         raise BadDataError(f"evaluation data must be one text file, and {path} is none")
     content = path.read_bytes()
@@ -61,9 +93,11 @@ def read_ids(path: Path, tokenizer: Any, seq_len: int, max_tokens: int | None) -
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadDataError(f"evaluation data must be UTF-8 text (gzipped if named .gz), {path}: {error}") from error
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    if len(ids) <= seq_len:
+    if len(ids) <= longest:
         raise BadDataError(
-            f"a text must have more than seq_len ({seq_len}) tokens, {path.name} gives {len(ids)}; lower --seq-len"
+            f"a text must have more than {option} ({longest}) tokens, {path.name} gives {len(ids)}; "
+            f"lower --{option.replace('_', '-')}"
+            + ("" if option == "seq_len" else " or give a longer text with --data")
         )
     return torch.tensor(ids, dtype=torch.int64), hashlib.sha256(content).hexdigest()
 

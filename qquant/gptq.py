@@ -41,6 +41,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = 4_000_000_000,
     overwrite: bool = False,
     on_module: Callable[[ModuleRecord], None] | None = None,
+    adapter: str | Path | None = None,
 ) -> QuantizeLog:
     """Quantize a model folder into a new one, one decoder block in memory at a time.
 
@@ -56,6 +57,7 @@ def quantize_checkpoint(
         max_shard_bytes: size at which a new output shard begins.
         overwrite: replace an existing model folder, in the moment the new one is complete.
         on_module: called after each linear, for progress.
+        adapter: folder of a peft LoRA adapter to merge into the model as its blocks are read; None: none.
 
     Returns:
         What was done to each module; the same is in the folder's quant_log.json.
@@ -72,17 +74,19 @@ def quantize_checkpoint(
         quantization_keys,
         reopen,
         write_manifest,
-        write_side_files,
     )
     from qquant.config import QuantizeLog
     from qquant.linear import QuantLinear
     from qquant.publish import published
     from qquant.shards import ShardWriter
+    from qquant.side_files import collect
     from qquant.sources import StreamedModel, resolve_folder
     from qquant.walk import Walk
 
     folder, target = resolve_folder(str(model)), Path(out)
-    source = StreamedModel(folder, dtype=dtype, device=device)
+    tuned = None if adapter is None else Path(adapter).expanduser()
+    source = StreamedModel(folder, dtype=dtype, device=device, adapter=tuned)
+    beside = collect(folder, adapter=tuned, changes=source.config_changes)
     vocabulary = int(source.config.get_text_config().vocab_size)
     chosen = _samples_or_probe(samples, config, vocabulary)
     check_samples(chosen, vocabulary)
@@ -107,8 +111,7 @@ def quantize_checkpoint(
         walk = Walk(source, config, write, on_module or (lambda record: None))
         walk.run(stream)
         writer.close()
-        keys = quantization_keys(config, quantized, skipped)
-        write_side_files(folder, staging, keys)
+        beside.write(staging, quantization_keys(config, quantized, skipped))
 
         source.load_outside(with_head=True)
         walked = head(source, stream.hidden[0], device)
@@ -116,7 +119,9 @@ def quantize_checkpoint(
         check_logits(_logits_of(reopen(staging, dtype=source.dtype, device=device), chosen[0], device), walked)
         log = QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
         computed_in = str(source.dtype).removeprefix("torch.")
-        write_manifest(staging, source=folder, config=config, data=data, log=log, computed_in=computed_in)
+        write_manifest(
+            staging, source=folder, adapter=tuned, config=config, data=data, log=log, computed_in=computed_in
+        )
     return log
 
 
@@ -208,6 +213,9 @@ def quantize_command(
             "--data", "--data_path", help="Calibration data: text, JSONL, Qwen or OpenAI chats, parquet, hub id."
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a peft LoRA adapter that is merged into the model on the way.")
+    ] = None,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[
         int, typer.Option("--group-size", "--group_size", help="Columns per scale; -1: a row.")
@@ -253,15 +261,19 @@ def quantize_command(
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         config = _config(options, skip or [], override or [])
+        from qquant.adapter import Adapter
         from qquant.checkpoint import QUANTIZED_FOLDER
         from qquant.publish import refuse_existing
         from qquant.sources import pick_device, pick_dtype, resolve_folder
 
         refuse_existing(out, QUANTIZED_FOLDER, overwrite=overwrite)
+        if adapter is not None:
+            adapter = adapter.expanduser()
+            Adapter(adapter)  # whether it can be merged at all is said before any data is read
         folder = resolve_folder(model)
-        samples = _read_samples(folder, data, config, n_samples, seq_len, seed, packing)
+        samples = _read_samples(folder, adapter, data, config, n_samples, seq_len, seed, packing)
         if dry_run:
-            _show_plan(folder, samples, config)
+            _show_plan(folder, adapter, samples, config)
             return
         from qquant.progress import module_progress, quiet_transformers
         from qquant.walk import keep_heap_small
@@ -280,6 +292,7 @@ def quantize_command(
                 max_shard_bytes=int(max_shard_size * 1e9),
                 overwrite=overwrite,
                 on_module=on_module,
+                adapter=adapter,
             )
         _summarize(log, out, time.perf_counter() - began, time.process_time() - cpu_began)
         typer.echo(out)
@@ -311,29 +324,40 @@ def _config(options: dict[str, Any], skips: list[str], overrides: list[str]) -> 
 
 
 def _read_samples(
-    folder: Path, data: str | None, config: QuantizeConfig, n_samples: int, seq_len: int, seed: int, packing: str
+    folder: Path,
+    adapter: Path | None,
+    data: str | None,
+    config: QuantizeConfig,
+    n_samples: int,
+    seq_len: int,
+    seed: int,
+    packing: str,
 ) -> list[Sample] | None:
     from qquant.calibrate import check_tokenizer, load_samples
     from qquant.errors import UsageError
+    from qquant.side_files import tokenizer_folder
     from qquant.sources import load_tokenizer
 
     if config.method == "rtn":
         return None
     if data is None:
         raise UsageError("gptq needs calibration data, got no --data; give a text or JSON file, or choose --method rtn")
-    tokenizer = load_tokenizer(folder)
-    warning = check_tokenizer(tokenizer, folder)
+    with tokenizer_folder(folder, adapter) as place:
+        tokenizer = load_tokenizer(place)
+        warning = check_tokenizer(tokenizer, place)
     if warning:
         _log.warning("%s", warning)
     options: Any = {"packing": packing}
     return load_samples(data, tokenizer, n_samples=n_samples, seq_len=seq_len, seed=seed, **options)
 
 
-def _show_plan(folder: Path, samples: list[Sample] | None, config: QuantizeConfig) -> None:
+def _show_plan(folder: Path, adapter: Path | None, samples: list[Sample] | None, config: QuantizeConfig) -> None:
     from qquant.checkpoint import plan_tensors
+    from qquant.side_files import collect
     from qquant.sources import StreamedModel
 
-    source = StreamedModel(folder)
+    source = StreamedModel(folder, adapter=adapter)
+    collect(folder, adapter=adapter, changes=source.config_changes)
     plan, quantized, skipped = plan_tensors(source, config)
     before = sum(entry.spec.nbytes for entry in source.reader.entries.values())
     after = sum(spec.nbytes for spec in plan.values())

@@ -26,6 +26,7 @@ from qquant.config import ModuleOverride, QuantizeConfig
 from qquant.errors import BadModelError, UsageError
 from qquant.kv_cache_quant import enable_as_configured
 from qquant.linear import Kernel, QuantLinear
+from qquant.models.qwen.modeling import register_qwen
 from qquant.packing import in_order, packable, unpack_zeros
 from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.sources import computed_by_model
@@ -132,10 +133,13 @@ class GptqLoader(HfQuantizer):
 
 
 def register() -> None:
-    """Let ``AutoModelForCausalLM.from_pretrained`` read GPTQ checkpoints through qquant in this process.
+    """Teach transformers' Auto classes, in this process, the original Qwen models and GPTQ checkpoints.
 
-    Replaces transformers' own entry for ``quant_method: gptq``, which needs optimum and gptqmodel. Idempotent.
+    ``AutoConfig``, ``AutoModelForCausalLM`` and ``AutoTokenizer`` then know the type ``qwen`` without remote code, and
+    ``from_pretrained`` reads GPTQ checkpoints through qquant: that replaces transformers' own entry for
+    ``quant_method: gptq``, which needs optimum and gptqmodel. Idempotent.
     """
+    register_qwen()
     AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GptqFileConfig
 
 

@@ -57,7 +57,7 @@ def examine(folder: Path) -> dict[str, Any]:
     Raises:
         BadModelError: no config.json, no safetensors, or files too damaged to list.
     """
-    from qquant.checkpoint import read_json
+    from qquant.json_files import read_json
     from qquant.shards import CheckpointReader
 
     config = read_json(folder / "config.json")
@@ -158,7 +158,8 @@ def _quantization(settings: GptqFileConfig, packed: list[dict[str, Any]]) -> dic
 
 def _relative_errors(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
     """The modules that lost most and least, from our own log; None if there is none that can be read."""
-    from qquant.checkpoint import LOG_NAME, read_json
+    from qquant.checkpoint import LOG_NAME
+    from qquant.json_files import read_json
 
     try:
         modules: list[dict[str, Any]] = [
@@ -173,7 +174,8 @@ def _relative_errors(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
 
 def _manifest(folder: Path) -> dict[str, bool] | None:
     """Whether each file that the manifest names is there unchanged; None without a manifest of ours."""
-    from qquant.checkpoint import MANIFEST_NAME, read_json, sha256
+    from qquant.checkpoint import MANIFEST_NAME, sha256
+    from qquant.json_files import read_json
 
     if not (folder / MANIFEST_NAME).is_file():
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qquant.accuracy import LogitsFn, evaluate, kl_divergence, logits_fn
+from qquant.accuracy import LogitsFn, evaluate, kl_divergence, log_probs, logits_fn, token_nll
 from qquant.errors import NumericError
 from qquant.kv_errors import layer_states
 from qquant.kv_layer import Int8Layer
@@ -43,9 +43,6 @@ FIRST_RANGE = 64
 """Tokens of context in the first range; each later one doubles what came before."""
 
 _log = logging.getLogger("qquant")
-
-_CHUNK_ELEMENTS = 2**22
-"""Logits widened to float32 at a time."""
 
 
 @dataclass
@@ -226,7 +223,7 @@ def _decode(model: PreTrainedModel, ids: Tensor, device: torch.device, make_cach
     tokens, cache = len(ids) - prompt, make_cache()
     with torch.inference_mode():
         exact, at_once = (last_logits(model, device, ids[None], tokens, one)[0] for one in (None, make_cache()))
-        last_logits(model, device, ids[None, :prompt], 1, cache, prompt=0)
+        last_logits(model, device, ids[None, :prompt], 1, cache, prompt=0, total=len(ids))
         steps = torch.cat([last_logits(model, device, token.view(1, 1), 1, cache)[0] for token in ids[prompt:]])
     following = ids[prompt:].roll(-1)  # only the KL is used
     kl = [_compare(exact, logits, following)[1].mean().item() for logits in (steps, at_once)]
@@ -247,11 +244,9 @@ def _compare(theirs: Tensor | None, ours: Tensor, targets: Tensor) -> tuple[Tens
     """Per token of one window: [tokens] float64 negative log-likelihood and KL(theirs || ours), in nats."""
     assert theirs is not None
     nll, kl = [], []
-    size = max(1, _CHUNK_ELEMENTS // ours.shape[1])
-    for begin in range(0, len(targets), size):
-        rows = slice(begin, begin + size)
-        log_p, log_q = (torch.log_softmax(logits[rows].float(), dim=-1) for logits in (theirs, ours))
-        nll.append(-log_q.gather(1, targets[rows, None].to(log_q.device))[:, 0].double().cpu())
+    for rows, log_q, log_p in log_probs(ours, theirs):
+        assert log_p is not None
+        nll.append(token_nll(log_q, targets[rows]))
         kl.append(kl_divergence(log_p, log_q).cpu())
     return torch.cat(nll), torch.cat(kl)
 

@@ -122,9 +122,9 @@ def adopt(config: Any) -> bool:
     Args:
         config: transformers text config; its ``_attn_implementation`` is changed. Saving a model does not store it.
     """
-    base = config._attn_implementation or "sdpa"
-    if base.startswith(PREFIX):
+    if takes_integers(config):
         return True
+    base = config._attn_implementation or "sdpa"
     if base not in BASES or not _looks_implementations_up(type(config).__module__):
         return False
     _register(base)
@@ -150,9 +150,8 @@ def _looks_implementations_up(config_module: str) -> bool:
 
 def release(config: Any) -> None:
     """Undo ``adopt``."""
-    name = config._attn_implementation or ""
-    if name.startswith(PREFIX):
-        config._attn_implementation = name.removeprefix(PREFIX)
+    if takes_integers(config):
+        config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
 
 def takes_integers(config: Any) -> bool:

@@ -225,8 +225,9 @@ def enable_kv_quant(
         key_transform = "fold" if can_fold(model, config) else "hadamard"
     elif key_transform == "fold" and not can_fold(model, config):
         raise UsageError(
-            "key_transform 'fold' needs plain or GPTQ-packed q_proj and k_proj in memory and a family known to rotate "
-            f"channel pairs (i, i + D/2), this {config.model_type} model does not offer that; use 'hadamard'"
+            "key_transform 'fold' needs plain or GPTQ-packed q_proj and k_proj (or c_attn) in memory and a family "
+            f"known to rotate channel pairs (i, i + D/2), this {config.model_type} model does not offer that; use "
+            "'hadamard'"
         )
     options: dict[str, Any] = {
         "use_cache_kernel": use_cache_kernel,
@@ -272,19 +273,14 @@ _FLAGS = ("use_cache_quantization", "use_cache_kernel")
 """Keys of config.json, as Qwen's users know them."""
 
 
-def enable_as_configured(
-    model: PreTrainedModel, use_cache_quantization: bool | None = None, use_cache_kernel: bool | None = None
-) -> None:
-    """Switch the cache on if the arguments, or for None the model's config.json, say so.
+def enable_as_configured(model: PreTrainedModel) -> None:
+    """Switch the cache on if the model's config.json says so and nobody has yet.
 
     The kernel flag alone does nothing, as ever.
     """
-    wanted, kernel = (
-        getattr(model.config, flag, None) if given is None else given
-        for flag, given in zip(_FLAGS, (use_cache_quantization, use_cache_kernel), strict=True)
-    )
-    if wanted:
-        enable_kv_quant(model, use_cache_kernel=True if kernel is None else bool(kernel))
+    wanted, kernel = (getattr(model.config, flag, None) for flag in _FLAGS)
+    if wanted and not hasattr(model, _STATE):
+        enable_kv_quant(model, use_cache_kernel=kernel is None or bool(kernel))
 
 
 def _prepare_cache(

@@ -1,7 +1,8 @@
 """The record of an evaluation as JSON, and the Markdown and pictures that are drawn from that record alone.
 
 Pydantic models only: strict, frozen, JSON in and out. Nothing here measures; a field that was not measured is None
-and is printed as such, never guessed. What a KV cache costs has its own record and section in kv_report.py.
+and is printed as such, never guessed. What a KV cache costs has its own record and section in kv_report.py, perplexity
+by sequence length in long_report.py.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from qquant import kv_report
+from qquant import kv_report, long_report
 from qquant.errors import BadDataError
 from qquant.kv_report import KVCacheCost
+from qquant.long_report import LongContext
 from qquant.records import MB, NOT_MEASURED, PERCENT, Accuracy, Environment, Memory, Speed, Strict, field, shown, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Accuracy", "Data", "Environment", "EvalReport", "KVCacheCost", "LayerError", "Memory", "ModelRow", "Ratios",
-    "Speed", "ratios_to_baseline", "report_from_json", "shown_command", "to_markdown", "write_report",
+    "Accuracy", "Data", "Environment", "EvalReport", "KVCacheCost", "LayerError", "LongContext", "Memory", "ModelRow",
+    "Ratios", "Speed", "ratios_to_baseline", "report_from_json", "shown_command", "to_markdown", "write_report",
 ]  # fmt: skip
 
 _LOG = logging.getLogger("qquant.report")
@@ -39,6 +41,8 @@ _KIND_OF = {
     "down_proj": "down", "c_attn": "qkv", "w2": "gate", "w1": "up",
 }  # fmt: skip
 _MARKERS = "osD^vP*X"
+_PLACED = (kv_report.PICTURE, long_report.PICTURE)
+"""Pictures that stand in a section of their own."""
 
 _TABLES = {
     # heading, field of the row, format; a comparison is a dash in the baseline's own row
@@ -151,12 +155,15 @@ class EvalReport(Strict):
     """File names of the pictures that lie beside the report."""
     kv_cache: KVCacheCost | None = None
     """Absent from the JSON of an evaluation that was not asked for it."""
+    long_context: LongContext | None = None
+    """The same; an evaluation that was asked for it measured nothing else."""
 
     @model_serializer(mode="wrap")
     def _without_what_was_not_asked_for(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = serialize(self)
-        if self.kv_cache is None:
-            content.pop("kv_cache", None)
+        for name in ("kv_cache", "long_context"):
+            if getattr(self, name) is None:
+                content.pop(name, None)
         return content
 
 
@@ -218,19 +225,35 @@ def to_markdown(report: EvalReport) -> str:
     facts = {"command": f"`{report.command}`", "created": report.created, "seed": report.seed, **dict(env)}
     sources = sorted({row.memory.peak_rss_source for row in report.rows if row.memory})
     candidates = [row.label for row in report.rows if row.role == "candidate"]
-    cost, drawn = report.kv_cache, kv_report.PICTURE in report.plots
+    cost, long, drawn = report.kv_cache, report.long_context, report.plots
+    tables = _TABLES if long is None else {"Size": _TABLES["Size"]}
+    reading = f"Peak RSS was read as {', '.join(sources) or NOT_MEASURED}." if long is None else _parameters(report)
     parts = [
         f"# Evaluation of {', '.join(candidates or [row.label for row in report.rows])}",
         f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
         f"stride {data.stride}. All models ran in {report.compute_dtype} on {env.device}.",
-        *[f"## {title}\n\n{_modelstable(report.rows, columns)}" for title, columns in _TABLES.items()],
-        f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(sources) or NOT_MEASURED}.",
+        *(long_report.long_sections(long, picture=long_report.PICTURE in drawn) if long else []),
+        *[f"## {title}\n\n{_modelstable(report.rows, columns)}" for title, columns in tables.items()],
+        f"1 MB is 10^6 bytes. {reading}",
         *_worst_layers(report.rows),
-        *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots if name != kv_report.PICTURE],
-        *(kv_report.kv_sections(cost, compute_dtype=report.compute_dtype, picture=drawn) if cost else []),
+        *[f"![{name.removesuffix('.png')}]({name})" for name in drawn if name not in _PLACED],
+        *(_kv_sections(cost, report) if cost else []),
         "## How it was run\n\n" + table(("what", "value"), [(name, str(value)) for name, value in facts.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _kv_sections(cost: KVCacheCost, report: EvalReport) -> list[str]:
+    picture = kv_report.PICTURE in report.plots
+    return kv_report.kv_sections(cost, compute_dtype=report.compute_dtype, picture=picture)
+
+
+def _parameters(report: EvalReport) -> str:
+    """How large the baseline is, so that nobody takes a small model's behaviour for a large one's."""
+    base = report.rows[0]
+    if not base.weights_bytes or not base.bits_per_weight:
+        return f"Its parameters were {NOT_MEASURED}."
+    return f"{base.label} stores {8 * base.weights_bytes / base.bits_per_weight / _MEGA:.2f} million parameters."
 
 
 def _modelstable(rows: Sequence[ModelRow], columns: Sequence[tuple[str, str, str]]) -> str:
@@ -272,7 +295,9 @@ def _weights(row: ModelRow) -> str:
 def _draw(report: EvalReport, folder: Path) -> list[str]:
     """Draw every picture the record has data for; say in the log which was not drawn and why."""
     pictures: dict[str, Callable[[Figure], str | None]] = {}
-    if any(row.role == "candidate" for row in report.rows) or report.kv_cache is None:
+    if (long := report.long_context) is not None:
+        pictures[long_report.PICTURE] = lambda figure: long_report.draw_long_context(figure, long)
+    elif any(row.role == "candidate" for row in report.rows) or report.kv_cache is None:
         pictures["layer-error.png"] = lambda figure: _draw_layer_errors(figure, report)
         pictures["size-kl.png"] = lambda figure: _draw_size_kl(figure, report)
     if (cost := report.kv_cache) is not None:

@@ -19,20 +19,33 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from qquant.adapter import Adapter
 from qquant.errors import BadModelError, UsageError
+from qquant.merging import MergedReader
 from qquant.models.layouts import Layout, block_list, find_layout
+from qquant.models.qwen.modeling import register_qwen
 from qquant.shards import DTYPES, CheckpointReader
 
 _log = logging.getLogger("qquant")
+
+register_qwen()  # a folder of this type is read here, whoever asks for it
 
 _CHECKED = 1 << 22  # values looked at together: a check of a whole matrix would need as much memory again
 
 # Buffers that old checkpoints stored and every model computes for itself.
 _COMPUTED_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias")
-_FETCHED = ["*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja", "tokenizer.model", "LICENSE", "NOTICE"]
+QWEN_CODE = (
+    "configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py", "qwen_generation_utils.py", "cpp_kernels.py",
+    "cache_autogptq_cuda_256.cpp", "cache_autogptq_cuda_kernel_256.cu",
+)  # fmt: skip
+"""Code that lies beside an original Qwen (v1) model. It is never run here; other readers of that format ask for it."""
+_FETCHED = [
+    "*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja", "tokenizer.model", "LICENSE", "LICENSE.md", "NOTICE",
+    "NOTICE.md", *QWEN_CODE,
+]  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
 # What transformers and torch raise when a configuration or tokenizer file makes no sense.
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError,
     AssertionError, StrictDataclassError,
 )  # fmt: skip
@@ -72,7 +85,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BadModelError(f"a model folder must hold config.json, {folder} does not")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise BadModelError(
             f"the model in {folder} cannot be built by the installed transformers: {_one_line(error)}"
         ) from error
@@ -84,7 +97,7 @@ def skeleton(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None =
     try:
         with init_empty_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise BadModelError(
             f"no causal language model can be built from config.json of {folder}: {_one_line(error)}"
         ) from error
@@ -99,7 +112,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise BadModelError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}); copy it from the original")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise BadModelError(f"the tokenizer in {folder} cannot be loaded: {_one_line(error)}") from error
 
 
@@ -161,18 +174,29 @@ class StreamedModel:
         dtype: compute dtype; None: the stored dtype, or float32 for float16 weights on a CPU, where float16 is slow.
         device: where blocks are computed.
         prepare: called with the skeleton before keys are checked, to put packed linears in place.
+        adapter: folder of a peft LoRA adapter that is merged into every tensor as it is read; None: the model as it is.
+
+    Attributes:
+        config_changes: keys of config.json that the adapter changes, with their new values.
 
     Raises:
-        BadModelError: tensors are missing, unknown or of another shape than the configuration says.
+        BadModelError: tensors are missing, unknown or of another shape than the configuration says, or the adapter is
+            not one of this model.
     """
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", prepare: Any = None
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        prepare: Any = None,
+        adapter: Path | None = None,
     ) -> None:
         """Build the skeleton on the meta device and check every name and shape against the files' headers."""
         self.folder, self.device = folder, torch.device(device)
         self.config = read_config(folder)
-        self.reader = CheckpointReader(folder)
+        self.reader: CheckpointReader | MergedReader = CheckpointReader(folder)
         declared = getattr(self.config, "quantization_config", None) is not None
         if prepare is None and (declared or any(name.endswith(".qweight") for name in self.reader.entries)):
             raise BadModelError(f"{folder} is quantized already; start from the original checkpoint")
@@ -190,6 +214,9 @@ class StreamedModel:
         )
         self.tied = _tied_names(model)
         self._check_tensors()
+        self.config_changes: dict[str, Any] = {}
+        if adapter is not None:
+            self._merge(Adapter(adapter))
 
     def load(self, index: int) -> nn.Module:
         """Block ``index`` with its weights in memory, in the compute dtype."""
@@ -228,6 +255,27 @@ class StreamedModel:
     def stored_names(self) -> list[str]:
         """The tensors of the model in its own order, without tied copies."""
         return [name for name in _tensors(self.model) if name not in self.tied]
+
+    def _merge(self, adapter: Adapter) -> None:
+        """Become the fine-tuned model: its configuration, its skeleton, its tensors."""
+        assert isinstance(self.reader, CheckpointReader)
+        model: Any = self.model
+        cut = adapter.settle_ties(self.tied, {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()})
+        copies = self.tied if cut else {}
+        ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end}
+        embeddings = [name for name, tensor in _tensors(model).items() if id(tensor) in ends]
+        text = self.config.get_text_config()
+        rows = adapter.vocabulary([name for name in embeddings if cut or name not in self.tied], int(text.vocab_size))
+        if rows != text.vocab_size:
+            self.config_changes["vocab_size"] = text.vocab_size = rows
+        if cut:
+            self.config_changes["tie_word_embeddings"] = False
+            self.config.tie_word_embeddings = text.tie_word_embeddings = False
+        if self.config_changes:
+            self.model = skeleton(self.config, self.folder, self.dtype)
+            self.tied = _tied_names(self.model)
+        adapter.check({name: tuple(t.shape) for name, t in _tensors(self.model).items() if name not in self.tied})
+        self.reader = MergedReader(self.reader, adapter, copies)
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         for name, tensor in _tensors(module).items():

@@ -14,7 +14,7 @@ from qquant.cli import app
 from qquant.console import user_errors
 from qquant.errors import BadModelError, QquantError, UsageError
 
-COMMANDS = ("quantize", "eval", "inspect", "doctor")
+COMMANDS = ("quantize", "eval", "chat", "inspect", "doctor")
 
 
 def test_help_lists_every_command() -> None:

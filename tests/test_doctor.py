@@ -71,7 +71,34 @@ def test_auto_gptq_is_explained_where_it_is_installed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(doctor, "_version", lambda name: "0.7.1" if name == "auto-gptq" else genuine(name))
     code, rows = findings()
     assert code == 0
-    assert "inert" in rows["auto-gptq"]["found"]
+    assert rows["auto-gptq"]["found"].startswith("0.7.1 is installed and not used: archived")
+    assert "qquant.compat.auto_gptq" in rows["auto-gptq"]["fix"]
+
+
+@pytest.mark.parametrize("name", ["auto-gptq", "auto_gptq", "Auto-GPTQ"])
+def test_auto_gptq_is_explained_in_one_line_where_a_user_names_it(name: str) -> None:
+    code, rows = findings(name)
+    assert code == 0
+    assert list(rows) == ["auto-gptq"]
+    assert "archived" in rows["auto-gptq"]["found"]
+    assert "qquant.compat.auto_gptq stands in" in rows["auto-gptq"]["found"]
+    assert "auto-gptq" not in findings()[1]  # nobody else is told
+
+
+def test_what_doctor_says_of_auto_gptq_is_true() -> None:
+    """It imports a name that transformers 5 no longer has there; and the module that stands in offers what it says."""
+    assert not hasattr(import_module("transformers.modeling_utils"), "no_init_weights")
+    statement, _, _ = doctor.RETIRED["auto-gptq"][1].partition("  #")
+    exec(statement, {})
+
+
+def test_findings_can_be_asked_for_by_name() -> None:
+    code, rows = findings("torch", "cpu")
+    assert code == 0
+    assert list(rows) == ["torch", "cpu"]
+    result = CliRunner().invoke(app, ["gptq-auto"])
+    assert result.exit_code == 2
+    assert "doctor has nothing named 'gptq-auto'; it knows accelerate" in result.stderr
 
 
 @pytest.mark.usefixtures("without_native")

@@ -19,6 +19,7 @@ from qquant.errors import BadDataError, BadModelError, UsageError
 from qquant.eval import evaluate_checkpoints, evaluate_command
 from qquant.report import EvalReport, report_from_json
 from tests.conftest import Factory
+from tests.make_qwen_v1 import make_qwen_v1
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and def add(left, right) returns {} while 你好世界.\n"
 
@@ -285,6 +286,18 @@ def test_a_folder_that_asks_for_the_cache_is_measured_without_it_first(
     assert found is not None
     first, second = found.models
     assert first.schemes == second.schemes
+
+
+def test_a_class_that_switches_the_cache_on_by_itself_is_switched_off(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_qwen_v1(tmp_path / "model", use_cache_quantization=True)
+    seen: list[Any] = []
+    monkeypatch.setattr("qquant.kv_accuracy.measure_kv_cache", lambda models, *_, **__: seen.extend(models.values()))
+    options: dict[str, Any] = {"seq_len": 16, "max_tokens": 20, "speed": False, "kv_cache": "int8"}
+    evaluate_checkpoints(folder, [], text, **options)
+    assert len(seen) == 1
+    assert "_prepare_cache_for_generation" not in vars(seen[0])
 
 
 def test_a_model_whose_layers_cannot_be_cached_is_refused_before_it_is_loaded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import qquant
 from qquant.linear import QuantLinear
 from qquant.models.key_fold import can_fold, fold_keys, unfold_keys
+from tests.qwen_folders import LONG, make_qwen
 
 IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
@@ -188,3 +189,62 @@ def test_packed_projections_fold_into_their_scales(tiny_qwen2: Path) -> None:
     assert torch.equal(logits(model), expected)
     unfold_keys(model, model.config, factors)
     assert same(model, before)
+
+
+class TestOneProjection:
+    """Qwen v1: c_attn holds the rows of queries, keys and values; NTK and LogN set in beyond 16 tokens."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return make_qwen(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("measured", [False, True], ids=["guessed", "measured"])
+    @pytest.mark.parametrize("tokens", [9, LONG], ids=["short", "ntk_and_logn"])
+    def test_logits_stay_bit_for_bit_and_weights_come_back(
+        self, folder: Path, dtype: torch.dtype, measured: bool, tokens: int
+    ) -> None:
+        model = load(folder, dtype)
+        assert can_fold(model, model.config)
+        ids = torch.randint(0, 300, (2, tokens), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected, before = model(ids, use_cache=False).logits, weights(model)
+            factors = fold_keys(model, model.config, [ids] if measured else None)
+            assert list(factors) == ["transformer.h.0.attn", "transformer.h.1.attn"]
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
+        unfold_keys(model, model.config, factors)
+        assert same(model, before)
+
+    def test_rows_of_keys_are_divided_and_those_of_queries_multiplied(self, folder: Path) -> None:
+        model = load(folder)
+        before = weights(model)
+        for name, powers in fold_keys(model, model.config).items():
+            factor = powers.repeat(1, 2).flatten()  # channels i and i + D / 2 of every head
+            assert factor.numel() == 64
+            by_row = torch.cat([factor, 1 / factor, torch.ones(64)])
+            now = model.get_submodule(name).c_attn
+            assert torch.equal(now.weight, before[f"{name}.c_attn.weight"] * by_row[:, None])
+            assert torch.equal(now.bias, before[f"{name}.c_attn.bias"] * by_row)
+
+    def test_the_outlier_is_the_channel_with_the_bias(self, folder: Path) -> None:
+        model = load(folder)
+        for powers in fold_keys(model, model.config, [IDS]).values():
+            assert powers[0].argmax() == 5
+            assert powers[0, 5] >= 2
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_a_packed_projection_folds_into_its_scales(self, folder: Path, bits: Literal[4, 8]) -> None:
+        model = load(folder)
+        qquant.quantize_model(model, [], qquant.QuantizeConfig(bits=bits, group_size=32, method="rtn"))
+        assert isinstance(model.transformer.h[0].attn.c_attn, QuantLinear)
+        expected, before = logits(model), weights(model)
+        factors = fold_keys(model, model.config)
+        assert len(factors) == 2
+        assert not torch.equal(model.transformer.h[0].attn.c_attn.scales, before["transformer.h.0.attn.c_attn.scales"])
+        assert torch.equal(logits(model), expected)
+        unfold_keys(model, model.config, factors)
+        assert same(model, before)
+
+    def test_heads_that_rotate_in_part_cannot_fold(self, tmp_path: Path) -> None:
+        model = load(make_qwen(tmp_path, rotary_pct=0.5))
+        assert not can_fold(model, model.config)

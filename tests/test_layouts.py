@@ -16,8 +16,10 @@ from qquant.capture import discover_stages
 from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError
 from qquant.gptq import quantize_checkpoint
-from qquant.models.layouts import Layout, block_list, find_layout, linears
+from qquant.models.layouts import Layout, block_list, find_attentions, find_layout, linears
+from qquant.models.qwen.modeling import QWenLMHeadModel
 from tests.conftest import TINY, Factory
+from tests.qwen_folders import make_qwen
 
 KNOWN = ("qwen2", "qwen3", "llama", "mistral")
 # Found by structure alone and quantized end to end below: family -> options beside the tiny ones.
@@ -70,6 +72,28 @@ def test_the_table_agrees_with_what_a_run_of_the_block_shows(family: str) -> Non
     assert [set(stage) for stage in stages] == [set(stage) for unit in layout.units for stage in unit.stages]
 
 
+def test_the_original_qwen_is_in_the_table_and_runs_in_that_order(tmp_path: Path) -> None:
+    model = QWenLMHeadModel.from_pretrained(make_qwen(tmp_path))
+    layout = find_layout(model, "qwen")
+    assert layout.blocks == "transformer.h"
+    assert layout.units is not None
+    stages = discover_stages(
+        block_list(model, layout)[0], "0", lambda: model(input_ids=torch.arange(4)[None], use_cache=False)
+    )
+    listed = [list(stage) for unit in layout.units for stage in unit.stages]
+    assert stages == listed == [["attn.c_attn"], ["attn.c_proj"], ["mlp.w1", "mlp.w2"], ["mlp.c_proj"]]
+    assert [unit.tail for unit in layout.units] == ["attn.c_proj", "mlp.c_proj"]
+
+
+def test_attentions_are_named_with_the_norms_before_them(tmp_path: Path) -> None:
+    model = QWenLMHeadModel.from_pretrained(make_qwen(tmp_path, num_hidden_layers=1))
+    assert find_attentions(model, "qwen") == {"transformer.h.0.attn": "transformer.h.0.ln_1"}
+    llama = skeleton("llama", num_hidden_layers=1)
+    assert find_attentions(llama, "llama") == {"model.layers.0.self_attn": "model.layers.0.input_layernorm"}
+    assert find_attentions(llama, "made up") == {}
+    assert find_attentions(llama, "qwen") == {}
+
+
 @pytest.mark.parametrize("family", list(BY_STRUCTURE))
 def test_an_unknown_family_is_found_by_its_structure(family: str) -> None:
     assert find_layout(skeleton(family, **BY_STRUCTURE[family]), family) == Layout("model.layers", None)
@@ -102,7 +126,7 @@ def test_a_list_without_linears_is_no_list_of_blocks() -> None:
 
 
 def test_a_model_without_blocks_is_refused_with_the_known_families() -> None:
-    with pytest.raises(BadModelError, match="llama, mistral, qwen2, qwen3"):
+    with pytest.raises(BadModelError, match="llama, mistral, qwen, qwen2, qwen3"):
         find_layout(nn.Sequential(nn.Linear(2, 2)), "made up")
 
 

@@ -20,6 +20,7 @@ from qquant.errors import BadModelError, UsageError
 from qquant.models.layouts import block_list
 from qquant.shards import SINGLE_NAME
 from qquant.sources import (
+    QWEN_CODE,
     LoadedModel,
     StreamedModel,
     load_tokenizer,
@@ -244,11 +245,14 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_clear_line(monkeypatch: pytest.M
         resolve_folder("owner/name")
 
 
-def test_only_files_that_hold_no_code_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_of_code_only_the_files_that_qwen_carries_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr("qquant.sources.snapshot_download", lambda _, **options: asked.update(options) or tmp_path)
     assert resolve_folder("owner/name") == tmp_path
-    assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in asked["allow_patterns"])
+    patterns = set(asked["allow_patterns"])
+    assert patterns > set(QWEN_CODE)  # by name; they are copied and never run
+    assert not any("*" in name or "/" in name for name in QWEN_CODE)
+    assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in patterns - set(QWEN_CODE))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_qwen2: Path) -> None:

@@ -1,15 +1,16 @@
 """Move outlier channels of the keys into the queries, so that keys become easy to quantize at no cost at run time.
 
-Rotary embedding turns channels i and i + D/2 of a head by one angle. Dividing such a pair of k_proj's output rows by a
-factor and multiplying the same rows of q_proj leaves every score as it was. Factors are powers of two, so not even the
-rounding of a product changes: in bfloat16 and float32 the logits of the folded model are bit for bit those of the
-original, and undoing it restores every weight. In float16, weights under 6e-5 have fewer bits and may move by 2**-25.
+Rotary embedding turns channels i and i + D/2 of a head by one angle. Dividing such a pair of output rows that make
+keys by a factor and multiplying the same rows that make queries leaves every score as it was, whatever the angle is
+(NTK) and by whatever factor a whole query is multiplied (LogN). Factors are powers of two, so not even the rounding of
+a product changes: in bfloat16 and float32 the logits of the folded model are bit for bit those of the original, and
+undoing it restores every weight. In float16, weights under 6e-5 have fewer bits and may move by 2**-25.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,43 +36,79 @@ class _Pairs(NamedTuple):
     """The key and query channels of one attention module, seen as rotary pairs."""
 
     attention: Any
-    kv_heads: int
-    dim: int
+    norm: nn.Module
+    """Its output is what the attention module reads."""
 
     @property
     def normed(self) -> bool:
         """Whether keys pass a norm with a weight per channel (Qwen3), which is then what is folded."""
         return hasattr(self.attention, "k_norm")
 
+    @property
+    def fused(self) -> bool:
+        """Whether one projection makes queries, keys and values, in this order (Qwen v1)."""
+        return hasattr(self.attention, "c_attn")
+
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        """The projections that make keys and queries; that of the keys comes first."""
+        attention = self.attention
+        return (attention.c_attn,) if self.fused else (attention.k_proj, attention.q_proj)
+
+    @property
+    def rows(self) -> slice:
+        """Of the first projection's output, the channels that are keys."""
+        third = self.linears[0].out_features // 3
+        return slice(third, 2 * third) if self.fused else slice(None)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys."""
+        size: int = self.linears[0].out_features
+        return len(range(size)[self.rows]) // self.dim
+
+    @property
+    def dim(self) -> int:
+        """Channels of a head."""
+        size: int = self.attention.head_dim
+        return size
+
+
+def _pairs(model: nn.Module, config: Any) -> dict[str, _Pairs]:
+    """Every attention module by name; none for a family that is not known."""
+    found = find_attentions(model, config.model_type)
+    return {name: _Pairs(model.get_submodule(name), model.get_submodule(norm)) for name, norm in found.items()}
+
 
 def can_fold(model: nn.Module, config: Any) -> bool:
     """Whether folding is known to be exact for this model.
 
-    The family turns channels i and i + D/2 of separate q_proj and k_proj by one angle, and those are plain or
+    The family turns channels i and i + D/2 of whole heads by one angle, and queries and keys come from plain or
     GPTQ-packed linears whose weights are in memory.
     """
+    found = _pairs(model, config)
+    return bool(found) and _turns_whole_heads(config) and all(_rows_can_be_scaled(pairs) for pairs in found.values())
+
+
+def _turns_whole_heads(config: Any) -> bool:
+    """Whether every channel of a head has a partner half a head away; a part of a head pairs up otherwise."""
     rope = getattr(config, "rope_parameters", None) or {}
-    names = find_attentions(model, config.model_type)
-    return (
-        rope.get("partial_rotary_factor", 1.0) == 1.0
-        and bool(names)
-        and all(_rows_can_be_scaled(model.get_submodule(name)) for name in names)
-    )
+    return rope.get("partial_rotary_factor", 1.0) == 1.0 and getattr(config, "rotary_pct", 1.0) == 1.0
 
 
-def _rows_can_be_scaled(attention: Any) -> bool:
+def _rows_can_be_scaled(pairs: _Pairs) -> bool:
     """Whether scaling the weights in memory scales what the projections put out.
 
     Not so for subclasses that add to it (adapters), for weights packed by others, and for weights that are elsewhere.
     """
-    if hasattr(attention, "k_norm"):
-        return not attention.k_norm.weight.is_meta
+    if pairs.normed:
+        return not pairs.attention.k_norm.weight.is_meta
     return all(
         type(linear) in (nn.Linear, QuantLinear)
         and not is_parametrized(linear)
         and not any(tensor.is_meta for tensor in (*linear.parameters(), *linear.buffers()))
         and all(parameter.is_floating_point() for parameter in linear.parameters())
-        for linear in (attention.q_proj, attention.k_proj)
+        for linear in pairs.linears
     )
 
 
@@ -87,9 +124,9 @@ def fold_keys(model: nn.Module, config: Any, samples: Sequence[Tensor] | None = 
     Returns:
         What was divided, for ``unfold_keys``; modules without outliers are left out and untouched.
     """
-    found = {name: _Pairs(module, *_shape(module, config)) for name, module in _attentions(model, config)}
+    found = _pairs(model, config)
     left = _left_by_centring(model)
-    sizes = _measure(model, found, left, samples) if samples is not None else _guess(model, found, left)
+    sizes = _measure(model, found, left, samples) if samples is not None else _guess(found, left)
     factors: Factors = {}
     for name, size in sizes.items():
         # Relative to the median pair, which stays; rounding leaves everything below 1.4 times of it alone.
@@ -104,20 +141,9 @@ def fold_keys(model: nn.Module, config: Any, samples: Sequence[Tensor] | None = 
 
 def unfold_keys(model: nn.Module, config: Any, factors: Factors) -> None:
     """Undo ``fold_keys`` exactly. Weights are modified in place."""
-    for name, module in _attentions(model, config):
-        if name in factors:
-            _apply(_Pairs(module, *_shape(module, config)), 1 / factors[name])
-
-
-def _attentions(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:
-    for name in find_attentions(model, config.model_type):
-        yield name, model.get_submodule(name)
-
-
-def _shape(attention: Any, config: Any) -> tuple[int, int]:
-    """(KV heads, channels per head)."""
-    dim = attention.head_dim
-    return attention.k_proj.out_features // dim, dim
+    found = _pairs(model, config)
+    for name, powers in factors.items():
+        _apply(found[name], 1 / powers)
 
 
 def _left_by_centring(model: nn.Module) -> Tensor:
@@ -131,7 +157,7 @@ def _left_by_centring(model: nn.Module) -> Tensor:
     return (1 - mean**2).clamp(min=0).sqrt().float()
 
 
-def _guess(model: nn.Module, found: dict[str, _Pairs], left: Tensor) -> dict[str, Tensor]:
+def _guess(found: dict[str, _Pairs], left: Tensor) -> dict[str, Tensor]:
     """Size of every rotary pair [H, D / 2] from the weights alone."""
     sizes = {}
     for name, pairs in found.items():
@@ -140,21 +166,16 @@ def _guess(model: nn.Module, found: dict[str, _Pairs], left: Tensor) -> dict[str
             # A normed head has unit mean square before the norm's weight.
             channel = pairs.attention.k_norm.weight.detach().float().abs().expand(pairs.kv_heads, -1).reshape(half)
         else:
-            linear = pairs.attention.k_proj
+            linear = pairs.linears[0]
             weight = linear.dequantized() if isinstance(linear, QuantLinear) else linear.weight.detach()
             # Its input, a normed vector, has unit mean square before the norm's weight.
-            scaled = weight.float() * _norm_before(model, name).to(weight.device)
+            scaled = weight[pairs.rows].float() * pairs.norm.get_parameter("weight").detach().float().to(weight.device)
             channel = SPREAD * scaled.norm(dim=1).reshape(half)
             if linear.bias is not None:
-                channel = channel + linear.bias.detach().float().abs().reshape(half) * left.to(weight.device)
+                bias = linear.bias.detach()[pairs.rows].float().abs().reshape(half)
+                channel = channel + bias * left.to(weight.device)
         sizes[name] = channel.norm(dim=1)
     return sizes
-
-
-def _norm_before(model: nn.Module, name: str) -> Tensor:
-    """Weight [hidden] of the norm whose output the attention module of that name reads."""
-    block = model.get_submodule(name.rpartition(".")[0])
-    return block.get_parameter("input_layernorm.weight").detach().float()
 
 
 def _measure(model: nn.Module, found: dict[str, _Pairs], left: Tensor, samples: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -164,12 +185,12 @@ def _measure(model: nn.Module, found: dict[str, _Pairs], left: Tensor, samples: 
     def watch(name: str, pairs: _Pairs) -> Any:
         def hook(_module: nn.Module, _inputs: Any, keys: Tensor) -> None:
             # Keys before rotation, [B, tokens, H, 2, D / 2]: what is left of their mean is what rotates away from it.
-            halves = keys.detach().float().reshape(*keys.shape[:2], pairs.kv_heads, 2, pairs.dim // 2)
+            halves = keys.detach()[..., pairs.rows].float().reshape(*keys.shape[:2], pairs.kv_heads, 2, pairs.dim // 2)
             mean = halves.mean(1, keepdim=True)
             halves = halves - mean * (1 - left.to(halves.device))
             sizes[name] = torch.maximum(sizes[name], halves.norm(dim=3).amax((0, 1)).cpu())
 
-        source = pairs.attention.k_norm if pairs.normed else pairs.attention.k_proj
+        source = pairs.attention.k_norm if pairs.normed else pairs.linears[0]
         return source.register_forward_hook(hook)
 
     hooks = [watch(name, pairs) for name, pairs in found.items()]
@@ -194,33 +215,32 @@ def _apply(pairs: _Pairs, factors: Tensor) -> bool:
         jobs = [(attention.k_norm.weight, 1 / channel), (attention.q_norm.weight, channel)]
     else:
         per_key = factors.repeat(1, 2)  # [H, D]
-        groups = attention.q_proj.out_features // attention.k_proj.out_features
-        per_query = per_key.repeat_interleave(groups, 0).flatten()
-        jobs = [
-            *_scaled_rows(attention.k_proj, 1 / per_key.flatten()),
-            *_scaled_rows(attention.q_proj, per_query),
-        ]
+        queries = pairs.linears[-1].out_features // (3 if pairs.fused else 1)
+        per_query = per_key.repeat_interleave(queries // per_key.numel(), 0).flatten()
+        per_key = 1 / per_key.flatten()
+        shares = [torch.cat((per_query, per_key, torch.ones_like(per_key)))] if pairs.fused else [per_key, per_query]
+        jobs = [job for linear, share in zip(pairs.linears, shares, strict=True) for job in _scaled_rows(linear, share)]
     jobs = [(tensor, factor.to(tensor.device)) for tensor, factor in jobs]
     # Not only without gradients: weights that were made in inference mode may only be changed in it.
     with torch.inference_mode():
-        if not all(_restorable(tensor, factor.to(tensor.dtype), attention) for tensor, factor in jobs):
+        if not all(_restorable(tensor, factor.to(tensor.dtype), pairs) for tensor, factor in jobs):
             _log.warning("a key fold was left out: its factors leave the range of the stored dtype")
             return False
         for tensor, factor in jobs:
             tensor.mul_(factor.to(tensor.dtype))
-    for linear in (attention.k_proj, attention.q_proj):
+    for linear in pairs.linears:
         if isinstance(linear, QuantLinear):
             linear.forget_packed()
     return True
 
 
-def _restorable(tensor: Tensor, factor: Tensor, attention: Any) -> bool:
+def _restorable(tensor: Tensor, factor: Tensor, pairs: _Pairs) -> bool:
     """Whether ``tensor * factor`` can be undone.
 
     Exactly for the scales of packed weights, each of which stands for a whole group; for anything else but for the last
     bit of the smallest float16 numbers.
     """
-    exact = any(tensor is getattr(linear, "scales", None) for linear in (attention.k_proj, attention.q_proj))
+    exact = any(tensor is getattr(linear, "scales", None) for linear in pairs.linears)
     return torch.allclose(tensor * factor / factor, tensor, rtol=0, atol=0 if exact else 2.0**-24)
 
 

@@ -59,7 +59,15 @@ _PRE_NORM_DECODER = Layout(
     ),
 )
 
-_KNOWN = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PRE_NORM_DECODER)
+_QWEN_V1 = Layout(
+    blocks="transformer.h",
+    units=(
+        Unit(norm="ln_1", module="attn", stages=(("attn.c_attn",), ("attn.c_proj",)), sees_positions=True),
+        Unit(norm="ln_2", module="mlp", stages=(("mlp.w1", "mlp.w2"), ("mlp.c_proj",)), sees_positions=False),
+    ),
+)
+
+_KNOWN = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PRE_NORM_DECODER), "qwen": _QWEN_V1}
 
 
 def find_layout(model: nn.Module, model_type: str) -> Layout:
@@ -89,19 +97,23 @@ def find_layout(model: nn.Module, model_type: str) -> Layout:
     return layout
 
 
-def find_attentions(model: nn.Module, model_type: str) -> list[str]:
-    """Full names of the attention modules whose q_proj and k_proj feed a half-rotation RoPE over the whole head.
+def find_attentions(model: nn.Module, model_type: str) -> dict[str, str]:
+    """Attention modules whose queries and keys are the rows of linears, turned by a half-rotation RoPE.
 
-    Only families known to do so; for any other, an empty list.
+    Returns:
+        Full name of each -> full name of the norm whose output it reads. Only for families known to do so; for any
+        other, nothing.
     """
     layout = _KNOWN.get(model_type)
+    if layout is None or layout.units is None:
+        return {}
     try:
-        model.get_submodule(layout.blocks if layout else "")
+        blocks = block_list(model, layout)
     except AttributeError:  # a part of a larger model, whose names are others
-        return []
-    if layout is None:
-        return []
-    return [f"{layout.blocks}.{index}.self_attn" for index in range(len(block_list(model, layout)))]
+        return {}
+    unit = next(unit for unit in layout.units if unit.sees_positions)
+    names = [f"{layout.blocks}.{index}" for index in range(len(blocks))]
+    return {f"{name}.{unit.module}": f"{name}.{unit.norm}" for name in names}
 
 
 def block_list(model: nn.Module, layout: Layout) -> nn.ModuleList:

@@ -1,0 +1,92 @@
+"""The record of an evaluation, put together: a row per model, and the report around them with this moment and machine.
+
+Nothing here loads a model or measures one; what a record is made of is report.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qquant
+from qquant import report as record
+from qquant.accuracy import Accuracy
+from qquant.errors import BadModelError
+from qquant.measure import Memory, Speed, environment, folder_bytes, weights_bytes
+from qquant.report import EvalReport, LayerError, ModelRow
+from qquant.shards import CheckpointReader
+
+
+def model_rows(
+    folders: Mapping[str, Path],
+    keys: Mapping[str, Mapping[str, Any]],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    accuracy: Mapping[str, Accuracy] | None = None,
+    memory: Mapping[str, Memory] | None = None,
+    speeds: Mapping[str, Speed] | None = None,
+    layer_errors: Mapping[str, tuple[LayerError, ...]] | None = None,
+) -> tuple[ModelRow, ...]:
+    """One row per model, the baseline first.
+
+    Args:
+        folders: label -> folder.
+        keys: label -> what the folder says about its quantization; empty for a plain model.
+        dtypes: label -> dtype that the weights are said to be of.
+        accuracy: by label; a label that is missing here or below was not measured.
+        memory: the same.
+        speeds: the same.
+        layer_errors: the same.
+    """
+    original = CheckpointReader(next(iter(folders.values())))
+    parameters = sum(math.prod(entry.spec.shape) for entry in original.entries.values())
+    rows: list[ModelRow] = []
+    for label, folder in folders.items():
+        own, size = keys[label], weights_bytes(folder)
+        scored, used, timed = (found.get(label) if found else None for found in (accuracy, memory, speeds))
+        row = ModelRow(
+            label=label,
+            role="candidate" if rows else "baseline",
+            method=(own.get("meta") or {}).get("method") or own.get("quant_method"),
+            bits=own.get("bits"),
+            group_size=own.get("group_size"),
+            checkpoint_dtype=str(dtypes[label]).removeprefix("torch."),
+            weights_bytes=size,
+            folder_bytes=folder_bytes(folder),
+            bits_per_weight=8 * size / parameters,
+            accuracy=record.Accuracy(**asdict(scored)) if scored else None,
+            speed=record.Speed(**asdict(timed)) if timed else None,
+            memory=record.Memory(**asdict(used)) if used else None,
+            ratios=None,
+            layer_errors=layer_errors.get(label, ()) if layer_errors else (),
+        )
+        rows.append(row.model_copy(update={"ratios": record.ratios_to_baseline(row, rows[0])}) if rows else row)
+    return tuple(rows)
+
+
+def layer_errors(log: Path) -> tuple[LayerError, ...]:
+    """What the log of a quantization says about its layers; nothing where there is none."""
+    if not log.exists():
+        return ()
+    try:
+        modules = json.loads(log.read_text(encoding="utf-8"))["modules"]
+        return tuple(LayerError(name=item["name"], relative_error=item["relative_error"]) for item in modules)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadModelError(f"{log} is not the log of a quantization; delete it or get it again: {error!r}") from error
+
+
+def eval_report(*, dtype: torch.dtype, device: torch.device, **fields: Any) -> EvalReport:
+    """The record, with this moment and this machine; ``fields`` are the rest of ``EvalReport``'s."""
+    return EvalReport(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        compute_dtype=str(dtype).removeprefix("torch."),
+        environment=record.Environment(**asdict(environment(device, qquant_version=qquant.__version__))),
+        **fields,
+    )

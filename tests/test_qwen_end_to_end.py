@@ -1,0 +1,130 @@
+"""A Qwen v1 folder with the published vocabulary from end to end: load, chat, quantize, load again, chat again.
+
+No code of the folder may run and no socket may be opened, neither here nor in the commands that are started.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qquant
+from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.models.qwen.tokenization import QWenTokenizer
+from tests.make_qwen_v1 import make_qwen_v1
+from tests.qwen_v1 import real_vocabulary_or_skip
+
+ROOT = Path(__file__).parent.parent
+NO_SOCKETS = """
+import socket
+def refuse(*args, **kwargs):
+    raise AssertionError("a socket was opened")
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+"""
+QUESTIONS = ["你好", "What is 12 + 30?", "Write a haiku about cast iron 🙂"]
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "repetition_penalty": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model of 2 small blocks with all 151936 rows; its code files raise when they are run."""
+    folder = tmp_path_factory.mktemp("qwen") / "Qwen-Tiny-Chat"
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "kv_channels": 32,
+        "num_hidden_layers": 2,
+        "seq_length": 64,
+    }
+    return make_qwen_v1(folder, vocabulary=real_vocabulary_or_skip(), dtype=torch.bfloat16, **sizes)
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration data as Qwen's own scripts take it."""
+    path = tmp_path_factory.mktemp("data") / "chats.json"
+    turns = [
+        [{"from": "user", "value": question}, {"from": "assistant", "value": f"答案 {index}: " + "so it is, " * 20}]
+        for index, question in enumerate(QUESTIONS * 3)
+    ]
+    items = [{"id": f"identity_{index}", "conversations": turn} for index, turn in enumerate(turns)]
+    path.write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def quantize(original: Path, data: Path, out: Path, bits: int, tmp_path: Path) -> None:
+    """``python -m qquant.gptq`` with Qwen's own spelling of the options, in a process that cannot open a socket."""
+    (tmp_path / "sitecustomize.py").write_text(NO_SOCKETS)
+    command = ["--model_name_or_path", original, "--data_path", data, "--out_path", out, "--bits", bits]
+    finished = subprocess.run(
+        [sys.executable, "-m", "qquant.gptq", *map(str, command), "--group-size", "32", "--max_len", "96"],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == str(out)
+
+
+def test_the_original_is_loaded_by_the_auto_classes_and_chats(original: Path) -> None:
+    qquant.register()
+    tokenizer: Any = AutoTokenizer.from_pretrained(original)
+    model: Any = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    assert isinstance(tokenizer, QWenTokenizer)
+    assert isinstance(model, QWenLMHeadModel)
+    response, history = model.chat(tokenizer, QUESTIONS[0], history=None, **GREEDY)
+    assert history == [(QUESTIONS[0], response)]
+    second, longer = model.chat(tokenizer, QUESTIONS[1], history=history, **GREEDY)
+    assert longer == [*history, (QUESTIONS[1], second)]
+    assert list(model.chat_stream(tokenizer, QUESTIONS[1], history=history, **GREEDY))[-1].strip() == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_quantized_by_one_command_and_chats_again(
+    original: Path, conversations: Path, tmp_path: Path, bits: int
+) -> None:
+    out = tmp_path / f"int{bits}"
+    quantize(original, conversations, out, bits, tmp_path)
+    assert {"qwen.tiktoken", "tokenizer_config.json", "generation_config.json"} <= {path.name for path in out.iterdir()}
+
+    model: Any = qquant.load_quantized(out, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    assert isinstance(model, QWenLMHeadModel)
+    assert isinstance(tokenizer, QWenTokenizer)
+    before: Any = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    with torch.inference_mode():
+        ids = tokenizer(
+            "The quick brown fox jumps over the lazy dog. 今天天气很好。" * 8, return_tensors="pt"
+        ).input_ids
+        assert ids.shape[1] > before.config.seq_length  # NTK and LogN too
+        expected, found = (m(ids).logits.log_softmax(-1) for m in (before, model))
+    kl = float((expected.exp() * (expected - found)).sum(-1).mean())
+    # Uniform noise of half a step in every weight of random matrices: 2**-bits of their range, to the square.
+    assert 0 < kl < {4: 0.5, 8: 0.5 / 16**2}[bits]
+
+    response, history = model.chat(tokenizer, QUESTIONS[2], history=None, **GREEDY)
+    assert history == [(QUESTIONS[2], response)]
+    cached: Any = qquant.load_quantized(out, dtype=torch.float32, use_cache_quantization=True, use_cache_kernel=True)
+    again, _ = cached.chat(tokenizer, QUESTIONS[2], history=None, **GREEDY)
+    assert isinstance(again, str)
