@@ -34,7 +34,7 @@ VOCABULARY = 4096
 PROMPT = 512
 DECODE = 16  # steps timed together
 ROUNDS = 3  # of them in one turn
-TURNS = 9
+TURNS = 15
 BUFFER_BYTES = 512 << 20
 
 

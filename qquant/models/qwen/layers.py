@@ -25,9 +25,8 @@ class QWenRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] in x's dtype."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        # Without a weight torch computes in float32 and rounds its result to x's dtype.
+        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
 
 
 def output_projection(width: int, config: QWenConfig) -> nn.Linear:
@@ -49,7 +48,10 @@ class QWenMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden]."""
-        found: Tensor = self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+        gate = F.silu(self.w2(x))
+        # Where no gradient needs the gate, the product takes its place: one large temporary less.
+        product = gate * self.w1(x) if torch.is_grad_enabled() else gate.mul_(self.w1(x))
+        found: Tensor = self.c_proj(product)
         return found
 
 

@@ -97,7 +97,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # Each half is rounded once, on its way into the result: half the time of joining them first.
     turned[..., :half] = torch.addcmul(first * cos, second, sin, value=-1)
     turned[..., half : 2 * half] = torch.addcmul(second * cos, first, sin)
-    turned[..., 2 * half :] = x[..., 2 * half :]
+    if 2 * half < x.shape[-1]:
+        turned[..., 2 * half :] = x[..., 2 * half :]
     return turned
 
 
