@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    qquant.register()
     results = {}
     for job in json.loads(arguments.jobs.read_text(encoding="utf-8")):
         try:

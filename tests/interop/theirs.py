@@ -1,7 +1,8 @@
 """The other tools' half of the interop check: quantize with gptqmodel, load with plain transformers, give logits.
 
-Runs in the environment that run.sh makes (optimum + gptqmodel), never in ours, and imports nothing of qquant; mypy
-does not see those packages, so this file is outside its reach. It reads a JSON list of jobs, so that one process pays
+Runs in the environment that run.sh makes (optimum + gptqmodel), never in ours, and imports nothing of qquant but the
+model class of the original Qwen, because no other runs today; mypy does not see those packages, so this file is outside
+its reach. It reads a JSON list of jobs, so that one process pays
 their import time once.
 """
 
@@ -49,6 +50,10 @@ def load_with_transformers(folder: str, kernel: str | None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, GPTQConfig
 
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "qwen":
+        from qquant.models.qwen.modeling import register_qwen
+
+        register_qwen()  # the model only: quantized layers are read by their own code
     options = {}
     if kernel:  # transformers takes just the backend from this, the folder's own config decides the rest
         options["quantization_config"] = GPTQConfig(bits=config["quantization_config"]["bits"], backend=kernel)
