@@ -5,8 +5,10 @@ being read and written. Fields of the first release (August 2023) are taken unde
 modeling.py.
 """
 
-from __future__ import annotations
+# No "from __future__ import annotations": @strict checks no type that is written as a string.
 
+import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,7 @@ from transformers import PretrainedConfig
 
 from qquant.errors import BadModelError
 
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size")
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -52,8 +55,8 @@ class QWenConfig(PretrainedConfig):
     num_attention_heads: int = 32
     emb_dropout_prob: float | int = 0.0
     attn_dropout_prob: float | int = 0.0
-    layer_norm_epsilon: float = 1e-6
-    initializer_range: float = 0.02
+    layer_norm_epsilon: float | int = 1e-6
+    initializer_range: float | int = 0.02
     max_position_embeddings: int = 8192
     scale_attn_weights: bool = True
     use_cache: bool = True
@@ -85,7 +88,10 @@ class QWenConfig(PretrainedConfig):
         padded = kwargs.pop("padded_vocab_size", None)
         if padded is not None:  # the first release named the rows of wte so, and beside it the ids in use
             self.vocab_size = padded
+        if self.tokenizer_class is None:  # without a name, AutoTokenizer would look for code in the folder
+            self.tokenizer_class = "QWenTokenizer"
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        self._check_numbers()
         if self.kv_channels * self.num_attention_heads != self.hidden_size:
             raise BadModelError(
                 f"kv_channels * num_attention_heads must be hidden_size in a qwen model, got {self.kv_channels} * "
@@ -103,6 +109,22 @@ class QWenConfig(PretrainedConfig):
         if self.seq_length < 2:
             raise BadModelError(f"seq_length must be the length of training, at least 2, got {self.seq_length}")
         _ = self.precision
+
+    def _check_numbers(self) -> None:
+        """Refuse what the formulas cannot take, under its name."""
+        rules: dict[str, tuple[str, Callable[[float], bool]]] = {
+            **dict.fromkeys(_SIZES, ("of at least 1", lambda x: x >= 1)),
+            "layer_norm_epsilon": ("above 0", lambda x: x > 0),
+            "rotary_emb_base": ("above 1", lambda x: x > 1),
+            "rotary_pct": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+            "initializer_range": ("at least 0", lambda x: x >= 0),
+            "emb_dropout_prob": ("from 0 up to, not with, 1", lambda x: 0 <= x < 1),
+            "attn_dropout_prob": ("from 0 up to, not with, 1", lambda x: 0 <= x < 1),
+        }
+        for name, (rule, holds) in rules.items():
+            value = getattr(self, name)
+            if not math.isfinite(value) or not holds(value):
+                raise BadModelError(f"{name} of a qwen model must be a number {rule}, got {value}")
 
     @property
     def precision(self) -> torch.dtype | None:

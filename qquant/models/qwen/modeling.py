@@ -151,6 +151,7 @@ class QWenPreTrainedModel(PreTrainedModel):
                 named = QWenConfig.from_pretrained(pretrained_model_name_or_path if config is None else config, **told)
             if named.precision is not None:
                 kwargs["dtype"] = named.precision
+        kwargs.pop("trust_remote_code", None)  # the one thing it would do here is to run a folder's own generate
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(model, QWenLMHeadModel):
@@ -206,7 +207,7 @@ class QWenModel(QWenPreTrainedModel):
         Args:
             input_ids: [B, L] int64; or inputs_embeds [B, L, hidden].
             attention_mask: [B, total], 0 where a token is padding, or a mask that transformers prepared.
-            position_ids: [B or 1, L] int64.
+            position_ids: [B or 1, L] or [L] int64.
             past_key_values: any transformers cache; it also keeps the state of NTK.
             inputs_embeds: instead of input_ids.
             use_cache: whether a cache is made and returned.
@@ -224,6 +225,7 @@ class QWenModel(QWenPreTrainedModel):
         if position_ids is None:
             counted = torch.arange(length, device=inputs_embeds.device)[None] + past
             position_ids = counted if padding is None else positions.from_mask(padding, length)
+        position_ids = position_ids[None] if position_ids.dim() == 1 else position_ids
         inv_freq = self._frequencies(padding, inputs_embeds, past_key_values, past)
         total = past_key_values.get_max_length() if isinstance(past, Tensor) and past_key_values else past + length
         sharpen = self.config.use_logn_attn and not self.training and total > self.config.seq_length
@@ -272,7 +274,7 @@ class QWenModel(QWenPreTrainedModel):
         """What prompts of ``length``, some of it padding, are rotated with."""
         if length <= self.config.seq_length:
             return None
-        lengths = torch.tensor([length], device=device) if padding is None else padding[:, :length].sum(1)
+        lengths = torch.tensor([length], device=device) if padding is None else (padding[:, :length] != 0).sum(1)
         return self.rotary_emb.stretched(lengths)
 
 

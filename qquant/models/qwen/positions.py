@@ -104,7 +104,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def from_mask(mask: Tensor, length: int) -> Tensor:
     """Positions [B, length] int64 of the last tokens of rows whose padding is 0 in ``mask`` [B, total]."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
 def ntk_state(cache: Any) -> NtkState | None:
