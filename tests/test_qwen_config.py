@@ -53,8 +53,11 @@ def test_the_names_of_the_first_release_are_taken() -> None:
         "ffn_hidden_size": 96,
         "n_positions": 99,
         "padded_vocab_size": 300,
+        "embd_pdrop": 0.25,
+        "attn_pdrop": 0.5,
+        "resid_pdrop": 0.1,
     }
-    config = QWenConfig(**first, kv_channels=32, vocab_size=290, embd_pdrop=0.25, attn_pdrop=0.5, resid_pdrop=0.1)
+    config = QWenConfig(**first, kv_channels=32, vocab_size=290)
     assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (64, 2, 5)
     assert (config.intermediate_size, config.max_position_embeddings, config.vocab_size) == (96, 99, 300)
     assert (config.emb_dropout_prob, config.attn_dropout_prob) == (0.25, 0.5)
