@@ -197,7 +197,8 @@ def _folder_of(checkpoint_files: list[str], model: Any) -> Path:
     folder = Path(checkpoint_files[0]).parent
     named = Path(str(getattr(model.config, "name_or_path", "")))
     inside = not named.is_dir() or folder.resolve().is_relative_to(named.resolve())
-    if not inside or any(Path(file).parent != folder or ".." in Path(file).parts for file in checkpoint_files):
+    # The name that the user gave may go up; what an index adds to it may not.
+    if not inside or any(Path(file).parent != folder or Path(file).name == ".." for file in checkpoint_files):
         raise BadModelError(f"all weights must lie in the model folder {named}, {checkpoint_files[0]} does not")
     return folder
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from qquant.errors import BadModelError
+from qquant.errors import BadModelError, UsageError
 from qquant.models.qwen.configuration import QWenConfig
 from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.models.qwen.positions import from_mask
 from qquant.sources import read_config
 from tests.make_qwen_v1 import make_qwen_v1
 
@@ -57,7 +58,7 @@ def test_the_names_of_the_first_release_are_taken() -> None:
         "attn_pdrop": 0.5,
         "resid_pdrop": 0.1,
     }
-    config = QWenConfig(**first, kv_channels=32, vocab_size=290)
+    config = QWenConfig.from_dict({**first, "kv_channels": 32, "vocab_size": 290})
     assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (64, 2, 5)
     assert (config.intermediate_size, config.max_position_embeddings, config.vocab_size) == (96, 99, 300)
     assert (config.emb_dropout_prob, config.attn_dropout_prob) == (0.25, 0.5)
@@ -95,3 +96,31 @@ def test_a_folder_cannot_bring_its_own_generate(tmp_path: Path) -> None:
     (folder / "custom_generate" / "generate.py").write_text('raise AssertionError("remote code was run")\n')
     model: Any = QWenLMHeadModel.from_pretrained(folder, trust_remote_code=True)
     assert model.generate.__func__ is QWenLMHeadModel.generate
+
+
+def test_a_precision_asked_for_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    folder = make_qwen_v1(tmp_path / "model", num_hidden_layers=1, fp16=True)
+    assert QWenLMHeadModel.from_pretrained(folder).dtype == torch.float16
+    assert QWenLMHeadModel.from_pretrained(folder, bf16=True).dtype == torch.bfloat16
+
+
+def test_continuous_batching_is_right_up_to_seq_length_and_refused_beyond(model: Any) -> None:
+    ids = torch.arange(24)[None] + 5
+    lengths = [10, 14]  # of two sequences in one row
+    marks = torch.tensor([0, 10, 24])
+    same = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()[None, None]
+    packed: dict[str, Any] = {"cu_seq_lens_q": marks, "cu_seq_lens_k": marks, "max_length_q": 14, "use_cache": False}
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.inference_mode():
+        alone = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], 1)
+        found = model(ids, attention_mask=same, position_ids=positions, max_length_k=14, **packed).logits
+        # float32 sums of a row of 24 keys, most of them masked, in another order; the logits are of size 1.
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+        with pytest.raises(UsageError, match="got 17"):
+            model(ids, attention_mask=same, position_ids=positions, max_length_k={"full_attention": 17}, **packed)
+
+
+def test_a_hole_in_the_mask_moves_no_position() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 0, 0, 0]])
+    assert from_mask(mask, 7).tolist() == [[0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]]
+    assert from_mask(mask, 2).tolist() == [[3, 4], [5, 6]]

@@ -27,9 +27,9 @@ class QWenConfig(PretrainedConfig):
 
     ``intermediate_size`` is, as in the published files, twice the width of the MLP. ``seq_length`` is the length that
     the model was trained at: beyond it dynamic NTK and LogN set in. ``bf16``, ``fp16`` and ``fp32`` choose the dtype
-    that the model is loaded in where ``dtype`` is not given; at most one may be true. ``use_flash_attn``,
-    ``softmax_in_fp32``, ``scale_attn_weights``, ``onnx_safe`` and ``tokenizer_type`` are kept and have no effect:
-    ``attn_implementation`` chooses the attention, and its softmax is float32 always.
+    that the model is loaded in where ``dtype`` is not given; at most one may be true, and the one set last is.
+    ``use_flash_attn``, ``softmax_in_fp32``, ``scale_attn_weights``, ``onnx_safe`` and ``tokenizer_type`` are kept and have
+    no effect: ``attn_implementation`` chooses the attention, and its softmax is float32 always.
 
     Raises:
         BadModelError: sizes that do not fit together, or two precisions at once.
@@ -101,7 +101,8 @@ class QWenConfig(PretrainedConfig):
             raise BadModelError(
                 f"intermediate_size must be even, twice the width of a qwen model's MLP, got {self.intermediate_size}"
             )
-        if not 0 < self.rotary_dim <= self.kv_channels or self.rotary_dim % 2 or self.rotary_dim == 2:
+        whole = math.isfinite(self.rotary_pct)
+        if not whole or not 0 < self.rotary_dim <= self.kv_channels or self.rotary_dim % 2 or self.rotary_dim == 2:
             raise BadModelError(
                 f"rotary_pct must leave an even number of at least 4 of the {self.kv_channels} channels, got "
                 f"{self.rotary_pct}"
@@ -110,13 +111,19 @@ class QWenConfig(PretrainedConfig):
             raise BadModelError(f"seq_length must be the length of training, at least 2, got {self.seq_length}")
         _ = self.precision
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Set a field; a precision set to true after the file was read takes the place of the file's."""
+        if key in _PRECISIONS and value is True and "eos_token_id" in vars(self):  # the last field: the file is read
+            for other in _PRECISIONS:
+                super().__setattr__(other, False)  # type: ignore[no-untyped-call]
+        super().__setattr__(key, value)  # type: ignore[no-untyped-call]
+
     def _check_numbers(self) -> None:
         """Refuse what the formulas cannot take, under its name."""
         rules: dict[str, tuple[str, Callable[[float], bool]]] = {
             **dict.fromkeys(_SIZES, ("of at least 1", lambda x: x >= 1)),
             "layer_norm_epsilon": ("above 0", lambda x: x > 0),
             "rotary_emb_base": ("above 1", lambda x: x > 1),
-            "rotary_pct": ("above 0 and at most 1", lambda x: 0 < x <= 1),
             "initializer_range": ("at least 0", lambda x: x >= 0),
             "emb_dropout_prob": ("from 0 up to, not with, 1", lambda x: 0 <= x < 1),
             "attn_dropout_prob": ("from 0 up to, not with, 1", lambda x: 0 <= x < 1),

@@ -226,9 +226,14 @@ class QWenModel(QWenPreTrainedModel):
             counted = torch.arange(length, device=inputs_embeds.device)[None] + past
             position_ids = counted if padding is None else positions.from_mask(padding, length)
         position_ids = position_ids[None] if position_ids.dim() == 1 else position_ids
-        inv_freq = self._frequencies(padding, inputs_embeds, past_key_values, past)
-        total = past_key_values.get_max_length() if isinstance(past, Tensor) and past_key_values else past + length
-        sharpen = self.config.use_logn_attn and not self.training and total > self.config.seq_length
+        if kwargs.get("cu_seq_lens_q") is not None:
+            inv_freq, longest = None, self._longest_packed(kwargs["max_length_k"])
+        else:
+            inv_freq = self._frequencies(padding, inputs_embeds, past_key_values, past)
+            longest = past + length
+            if past_key_values is not None and isinstance(past, Tensor):  # a static cache's count; its room is known
+                longest = past_key_values.get_max_length()
+        sharpen = self.config.use_logn_attn and not self.training and longest > self.config.seq_length
         hidden_states = self.drop(inputs_embeds)
         shared = {
             "attention_mask": create_causal_mask(
@@ -250,6 +255,20 @@ class QWenModel(QWenPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
         )
 
+    def _longest_packed(self, lengths: int | dict[str, int]) -> int:
+        """Tokens, cached ones included, of the longest sequence that continuous batching packed into a row.
+
+        Raises:
+            UsageError: it is longer than NTK leaves alone; what its prompt was stretched by is kept nowhere.
+        """
+        longest = max(lengths.values()) if isinstance(lengths, dict) else lengths
+        if self.config.use_dynamic_ntk and not self.training and longest > self.config.seq_length:
+            raise UsageError(
+                f"under dynamic NTK continuous batching takes sequences of up to seq_length ({self.config.seq_length}) "
+                f"tokens, got {longest}; use generate, or set config.use_dynamic_ntk to False"
+            )
+        return longest
+
     def _frequencies(
         self, padding: Tensor | None, embeds: Tensor, cache: Cache | None, past: int | Tensor
     ) -> Tensor | None:
@@ -261,7 +280,11 @@ class QWenModel(QWenPreTrainedModel):
             return None
         batch, length = embeds.shape[:2]
         state = positions.ntk_state(cache)
-        first = past == 0 if isinstance(past, int) else state is None or (_may_look(past, length) and int(past) == 0)
+        first = (
+            past == 0
+            if isinstance(past, int)
+            else state is None or (positions.may_look(past, length) and int(past) == 0)
+        )
         if state is None or (first and not state.planned):
             seen = length if first else int(past)
             state = positions.NtkState(self._prompt_frequencies(padding, seen, embeds.device), planned=False)
@@ -364,14 +387,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin, QWenChat):
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         inv_freq = self.transformer._prompt_frequencies(padding, length, self.device)
         positions.keep_ntk_state(cache, positions.NtkState(inv_freq, planned=True))
-
-
-def _may_look(past: Tensor, length: int) -> bool:
-    """Whether a static cache's count is worth looking at: it may be empty again, but on a GPU a look is a pause.
-
-    So a prompt of one token into a cache that was reset by hand goes unseen there; ``generate`` plans by itself.
-    """
-    return not torch.compiler.is_compiling() and (length > 1 or past.device.type == "cpu")
 
 
 def register_qwen() -> None:

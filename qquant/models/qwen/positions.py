@@ -103,8 +103,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def from_mask(mask: Tensor, length: int) -> Tensor:
-    """Positions [B, length] int64 of the last tokens of rows whose padding is 0 in ``mask`` [B, total]."""
-    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    """Positions [B, length] int64 of the last tokens of rows, counted from each row's first that is not 0 in ``mask``.
+
+    Args:
+        mask: [B, total]; 0 is padding.
+        length: how many of the last tokens are wanted.
+    """
+    first = (mask != 0).long().argmax(-1, keepdim=True)
+    return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)[:, -length:]
 
 
 def ntk_state(cache: Any) -> NtkState | None:
@@ -134,3 +140,11 @@ def rows_of(inv_freq: Tensor, batch: int) -> Tensor:
             "which is which is not known: prefill the rows that go on by themselves"
         )
     return inv_freq.repeat_interleave(batch // rows, 0)
+
+
+def may_look(past: Tensor, length: int) -> bool:
+    """Whether a static cache's count is worth looking at: it may be empty again, but on a GPU a look is a pause.
+
+    So a prompt of one token into a cache that was reset by hand goes unseen there; ``generate`` plans by itself.
+    """
+    return not torch.compiler.is_compiling() and (length > 1 or past.device.type == "cpu")
