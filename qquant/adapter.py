@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qquant.adapter_settings import Settings
 from qquant.errors import BadModelError
-from qquant.shards import DTYPES
+from qquant.shards import DTYPES, CheckpointReader
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PIECE = 1 << 22  # values looked at together
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.default)?(\.(?P<leaf>weight|bias))?"
@@ -69,6 +67,9 @@ class Adapter:
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
 
+    Attributes:
+        reader: of the adapter's tensors, by the names they have in its file.
+
     Raises:
         BadModelError: no such files, pickled weights, a kind of adapter that cannot be merged, or names that are
             not understood.
@@ -79,32 +80,15 @@ class Adapter:
         self.folder = folder
         self.settings = Settings.read(folder)
         self.file = _weights_file(folder)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        try:
-            with safe_open(self.file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118 - this is no dict
-                    piece = stored.get_slice(name)
-                    self.shapes[name] = tuple(piece.get_shape())
-                    if str(piece.get_dtype()) not in DTYPES or not DTYPES[piece.get_dtype()].is_floating_point:
-                        raise BadModelError(
-                            f"an adapter must hold real numbers, {name} in {self.file} is {piece.get_dtype()}; "
-                            "save it again in float32 or bfloat16"
-                        )
-        except SafetensorError as error:
-            raise BadModelError(f"{self.file} is not a whole safetensors file: {error}; save it again") from error
+        self.reader = CheckpointReader(folder, [self.file])
+        self.shapes = {name: entry.spec.shape for name, entry in self.reader.entries.items()}
+        for name, entry in self.reader.entries.items():
+            if not DTYPES[entry.spec.dtype].is_floating_point:
+                raise BadModelError(
+                    f"an adapter must hold real numbers, {name} in {self.file} is {entry.spec.dtype}; "
+                    "save it again in float32 or bfloat16"
+                )
         self.updates = self._sorted_updates()
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the adapter's file, on the CPU."""
-        with safe_open(self.file, framework="pt") as stored:
-            tensor: Tensor = stored.get_tensor(name)
-        return tensor
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Some rows of a tensor of the file; the others are not read."""
-        with safe_open(self.file, framework="pt") as stored:
-            tensor: Tensor = stored.get_slice(name)[first:last]
-        return tensor
 
     def settle_ties(self, tied: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Decide what becomes of tied tensors; afterwards ``updates`` says it for each.
@@ -143,7 +127,7 @@ class Adapter:
             rows: the base model's.
 
         Raises:
-            BadModelError: they disagree.
+            BadModelError: they disagree, or there is none.
         """
         sizes = {name: rows for name in embeddings} | {
             name: self.shapes[whole][0]
@@ -156,7 +140,10 @@ class Adapter:
                 f"input and output embedding must have one row per token each, with {self.folder} they have {listed}; "
                 "save both whole, modules_to_save names them"
             )
-        return next(iter(sizes.values()), rows)
+        found = next(iter(sizes.values()), rows)
+        if found < 1:
+            raise BadModelError(f"embeddings must have one row per token, {self.folder} has 0; save the adapter again")
+        return found
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse an adapter that is not one of this model, is incomplete, or holds NaN.
@@ -178,11 +165,9 @@ class Adapter:
             adapted={name.removesuffix(".weight") for name, update in self.updates.items() if update.low_rank},
             whole={name for name, update in self.updates.items() if update.whole},
         )
-        for name, shape in self.shapes.items():
-            step = max(1, _PIECE // max(1, _numel(shape[1:])))
-            for first in range(0, shape[0] if shape else 0, step):
-                if not bool(torch.isfinite(self.rows(name, first, first + step)).all()):
-                    raise BadModelError(f"an adapter's weights must be finite, {name} in {self.file} holds NaN or Inf")
+        for name in self.shapes:
+            if not all(bool(torch.isfinite(chunk).all()) for chunk in self.reader.chunks(name)):
+                raise BadModelError(f"an adapter's weights must be finite, {name} in {self.file} holds NaN or Inf")
 
     def _check_update(self, name: str, update: Update, shape: tuple[int, ...]) -> None:
         expected: dict[str, tuple[int, ...]] = {}
@@ -274,11 +259,11 @@ class Adapter:
         return all(torch.equal(left, right) for left, right in pairs)
 
     def _equal(self, left: str, right: str) -> bool:
-        return left == right or torch.equal(self.tensor(left), self.tensor(right))
+        return left == right or torch.equal(self.reader.read(left), self.reader.read(right))
 
     def factors(self, low: LowRank) -> tuple[Tensor, Tensor]:
         """[out, r] and [r, in], float32."""
-        outer, inner = self.tensor(low.outer).float(), self.tensor(low.inner).float()
+        outer, inner = self.reader.read(low.outer).float(), self.reader.read(low.inner).float()
         return (outer.T, inner.T) if low.embedding else (outer, inner)
 
 
@@ -292,10 +277,3 @@ def _weights_file(folder: Path) -> Path:
             "opened; load it in peft, in an environment you trust, and save_pretrained it again"
         )
     raise BadModelError(f"an adapter folder must hold {WEIGHTS_NAME}, {folder} does not; save the adapter with peft")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

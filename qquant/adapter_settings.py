@@ -5,6 +5,7 @@ Tensors and merging are adapter.py. A key that is not known to leave the merged 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 from qquant.errors import BadModelError
 from qquant.json_files import read_json
+
+_log = logging.getLogger("qquant")
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -32,6 +35,14 @@ _READ = frozenset((
 _SOUND_STARTS = ("eva", "gaussian", "orthogonal")
 _BIASES = ("none", "all", "lora_only")
 _Number = TypeVar("_Number", int, float)
+_LARGEST_ALPHA = 10**300
+_LARGEST_RANK = 1 << 20  # far above any matrix side that is adapted; past it the scale could leave the floats
+# Patterns are regular expressions of whoever made the adapter, and a nested repeat may be tried for ever. So: names,
+# one repeated character at a time, and few enough choices that trying all of them stays quick.
+_PATTERN = re.compile(r"(?:(?:\\[.d\-]|\[[\w\-]+\]|[\w.\-])[*+]?|\((?:\?:)?|[)|^$])*", re.ASCII)
+_CHOICE = re.compile(r"[*+(]")
+_MOST_CHOICES = 2
+_LONGEST_NAME = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,8 @@ class Settings:
     """Modules that were trained whole; any module whose name ends so."""
     targets: tuple[str, ...] = ()
     """Modules that were adapted; empty where the rule is not a plain list of endings."""
+    narrowed: bool = False
+    """Other keys say that not all modules of ``targets`` were adapted."""
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
@@ -81,7 +94,7 @@ class Settings:
         _check_start(folder, content.get("init_lora_weights", True))
         try:
             return cls._from(folder, content)
-        except (TypeError, ValueError, re.error) as error:
+        except (TypeError, ValueError) as error:
             raise BadModelError(f"{CONFIG_NAME} of {folder} is no LoRA configuration: {error}") from error
 
     @classmethod
@@ -89,7 +102,7 @@ class Settings:
         ranks = {key: _rank(value) for key, value in _table(content.get("rank_pattern")).items()}
         alphas = {key: _alpha(value) for key, value in _table(content.get("alpha_pattern")).items()}
         for pattern in (*ranks, *alphas):
-            re.compile(pattern)
+            _check_pattern(pattern)
         bias = content.get("bias") or "none"
         if bias not in _BIASES:
             raise ValueError(f"bias must be one of {_BIASES}, got {bias!r}")
@@ -101,11 +114,12 @@ class Settings:
             alpha=_alpha(content.get("lora_alpha", 8)),
             ranks=ranks,
             alphas=alphas,
-            rank_stabilized=bool(content.get("use_rslora")),
-            dora=bool(content.get("use_dora")),
+            rank_stabilized=_flag(content, "use_rslora"),
+            dora=_flag(content, "use_dora"),
             bias=bias,
             saved=_names(content.get("modules_to_save")),
-            targets=() if isinstance(targets, str) or narrowed else _names(targets),
+            targets=() if isinstance(targets, str) else _names(targets),
+            narrowed=narrowed,
         )
 
     def rank(self, module: str) -> int:
@@ -116,6 +130,38 @@ class Settings:
         """Factor of a module's low-rank product."""
         rank, alpha = self.rank(module), _first_match(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+
+    def check_names(self, tensors: Collection[str]) -> None:
+        """Compare the modules that adapter_config.json names with those of the model.
+
+        One that matches nothing is logged, since a list often serves several families. peft passes over it too.
+
+        Args:
+            tensors: names of the model's tensors, tied copies among them.
+
+        Raises:
+            BadModelError: ``target_modules`` names no module of the model at all, which peft refuses as well.
+        """
+        endings = {
+            ".".join(parts[start:end])
+            for parts in (name.split(".") for name in tensors)
+            for end in range(1, len(parts))
+            for start in range(end)
+        }
+        strays = {
+            key: [name for name in names if name not in endings]
+            for key, names in (("target_modules", self.targets), ("modules_to_save", self.saved))
+        }
+        if self.targets and len(strays["target_modules"]) == len(self.targets):
+            raise BadModelError(
+                f"target_modules in {CONFIG_NAME} of {self.folder} must name modules of the model, and it has none of "
+                f"{', '.join(self.targets)[:200]}; it is the adapter of another model, or the list is mistyped"
+            )
+        for key, names in strays.items():
+            if names:
+                _log.warning(
+                    "%s of %s names what the model does not have: %s", key, self.folder, ", ".join(names)[:200]
+                )
 
     def check_complete(
         self, shapes: Mapping[str, tuple[int, ...]], *, adapted: Collection[str], whole: Collection[str]
@@ -145,7 +191,9 @@ class Settings:
             for name, shape in shapes.items()
             if name.endswith(".weight") and len(shape) == 2 and name not in whole
             for module in [name.removesuffix(".weight")]
-            if module not in adapted and any(f".{module}".endswith(f".{ending}") for ending in self.targets)
+            if not self.narrowed
+            and module not in adapted
+            and any(f".{module}".endswith(f".{ending}") for ending in self.targets)
         ]
         if missing:
             raise BadModelError(
@@ -165,6 +213,10 @@ def _check_start(folder: Path, start: Any) -> None:
 
 def _first_match(patterns: Mapping[str, _Number], module: str, otherwise: _Number) -> _Number:
     """The value of the first pattern that a name ends with, as peft finds it."""
+    if patterns and len(module) > _LONGEST_NAME:
+        raise BadModelError(
+            f"a module that patterns apply to must have a name of at most {_LONGEST_NAME}, got {module}"
+        )
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -177,15 +229,37 @@ def _under(tensor: str, ending: str) -> bool:
 
 
 def _rank(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"a rank must be a positive whole number, got {value!r}")
+    if type(value) is not int or not 1 <= value <= _LARGEST_RANK:
+        raise ValueError(f"a rank must be a positive whole number, got {repr(value)[:40]}")
     return value
 
 
 def _alpha(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"an alpha must be a finite number, got {value!r}")
+    # A whole number of JSON may be larger than any float, which isfinite() cannot take.
+    too_large = isinstance(value, int) and abs(value) > _LARGEST_ALPHA
+    if isinstance(value, bool) or not isinstance(value, int | float) or too_large or not math.isfinite(value):
+        raise ValueError(f"an alpha must be a finite number, got {repr(value)[:40]}")
     return float(value)
+
+
+def _flag(content: Mapping[str, Any], key: str) -> bool:
+    value = content.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{key} must be true or false, got {repr(value)[:40]}")
+    return bool(value)
+
+
+def _check_pattern(pattern: str) -> None:
+    choices = len(_CHOICE.findall(pattern))
+    if len(pattern) > _LONGEST_NAME or choices > _MOST_CHOICES or not _PATTERN.fullmatch(pattern):
+        raise ValueError(
+            f"a pattern must be a module's name with at most {_MOST_CHOICES} of .*, \\d+ or (a|b), "
+            f"got {repr(pattern)[:80]}; name the modules one by one, or merge the adapter with peft"
+        )
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _table(value: Any) -> dict[str, Any]:

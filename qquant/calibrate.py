@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from qquant.errors import BadDataError, BadModelError, UsageError
+from qquant.models.qwen.vocabulary import DEFAULT_SYSTEM
 from qquant.text_sources import Document, Kind, blocks, one_line, read_documents
 
 Packing = Literal["auto", "pack", "truncate"]
 
 POOL = 64
 """Candidates considered per wanted sample; what lies behind them in a very large source is not read."""
-DEFAULT_SYSTEM = "You are a helpful assistant."
 PROBE = (
     "The quick brown fox's 2 jumps: 1234567890, 3.14 and 0x1F.\n\n"
     "def f(x):\n    return  x*2\t# tab\r\n\n\n   trailing   spaces   \n"
@@ -117,15 +117,15 @@ def samples_from_ids(
         BadDataError: something other than rows of integers, or masks that do not fit them.
         UsageError: seq_len below 2.
     """
-    if seq_len is not None:
-        _check_options(seq_len=seq_len)
+    _check_options(seq_len=2 if seq_len is None else seq_len)
+    if any(isinstance(rows, Tensor) and _tensor(rows, "rows").dim() == 0 for rows in (ids, masks)):
+        raise BadDataError("ids and masks must be rows of integers, got a single number; give [N, T] token ids")
     if masks is not None and len(masks) != len(ids):
         raise BadDataError(f"masks must have one row per row of ids: got {len(masks)} for {len(ids)}; give both alike")
     samples = []
     for index, row in enumerate(ids):
         tokens = _tensor(row, f"row {index} of ids")
-        if tokens.numel() == 0:
-            tokens = tokens.long()  # torch makes an empty list float
+        tokens = tokens if tokens.numel() else tokens.long()  # torch makes an empty list float
         if tokens.dim() != 1 or tokens.dtype not in _INTEGERS:
             got = f"{list(tokens.shape)} {tokens.dtype}"
             raise BadDataError(f"row {index} of ids must be a flat row of integers, got {got}; give [N, T] token ids")
@@ -133,6 +133,8 @@ def samples_from_ids(
         if mask.shape != tokens.shape:
             got = f"{list(mask.shape)} for {list(tokens.shape)}"
             raise BadDataError(f"the mask of row {index} must have its row's shape, got {got}; give one flag per id")
+        if len(odd := mask[(mask != 0) & (mask != 1)]):
+            raise BadDataError(f"the mask of row {index} must hold 0 and 1, got {odd[0].item()}; give one flag per id")
         tokens, mask = tokens[:seq_len].cpu(), mask[:seq_len].cpu()
         samples.append(Sample(tokens.to(torch.int64, copy=True), mask.to(torch.bool, copy=True)))
     return samples
@@ -239,6 +241,8 @@ def _check_options(*, n_samples: int = 1, seq_len: int = 2, seed: int = 0, packi
 
 
 def _tensor(row: Any, where: str) -> Tensor:
+    if isinstance(row, Tensor) and (row.is_meta or row.layout != torch.strided):
+        raise BadDataError(f"{where} must be a dense tensor with values, got {row.layout} on {row.device}; give such")
     try:
         return torch.as_tensor(row)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -360,6 +364,8 @@ class _Coder:
 
     def _chatml(self, document: Document) -> list[int]:
         """Lay out a conversation as Qwen does for its own calibration: every turn ends with a line break.
+
+        Not ``Vocabulary.encode_chat``: this serves any tokenizer that has the two marks, Qwen2's among them.
 
         Source: QwenLM/Qwen, run_gptq.py.
         """

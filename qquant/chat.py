@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qquant.console import user_errors
+from qquant.console import printable, user_errors
 from qquant.errors import QquantError, UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _CACHES = {"auto": None, "int8": True, "off": False}
 def open_conversation(
     model: str | Path,
     *,
-    asked: str = "auto",
+    wanted: str = "auto",
     system: str | None = None,
     seed: int = 0,
     dtype: str = "auto",
@@ -40,7 +40,7 @@ def open_conversation(
 
     Args:
         model: folder or hub id, quantized or not.
-        asked: "auto", or "raw" or "chatml", see ``conversation.choose_style``.
+        wanted: "auto", or "raw" or "chatml", see ``conversation.choose_style``.
         system: the system prompt; None: the model's own.
         seed: of sampling.
         dtype: "auto", "float32", "bfloat16" or "float16".
@@ -52,14 +52,17 @@ def open_conversation(
     """
     from qquant.checkpoint import load_model
     from qquant.conversation import Conversation, choose_style
+    from qquant.json_files import read_json
     from qquant.sources import load_tokenizer, pick_device, pick_dtype, resolve_folder
 
     if kv_cache not in _CACHES:
         raise UsageError(f"--kv-cache must be one of {', '.join(_CACHES)}, got {kv_cache!r}")
     where, compute, folder = pick_device(device), pick_dtype(dtype), resolve_folder(str(model))
+    if (generation := folder / "generation_config.json").exists():
+        read_json(generation)  # transformers passes over one that it cannot read
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, dtype=compute or "auto", device=where, int8_cache=_CACHES[kv_cache])
-    return Conversation(loaded, tokenizer, choose_style(loaded, tokenizer, asked), system, seed)
+    return Conversation(loaded, tokenizer, choose_style(loaded, tokenizer, wanted), system, seed)
 
 
 def chat_command(
@@ -68,7 +71,7 @@ def chat_command(
     seed: Annotated[int, typer.Option(min=0, help="Of sampling, anew for each answer.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = None,
     conf: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, as :conf takes it; repeatable.")] = None,
-    asked: Annotated[
+    wanted: Annotated[
         str, typer.Option("--format", help="auto, raw: continue text, or chatml: Qwen v1 that does not say so.")
     ] = "auto",
     kv_cache: Annotated[str, typer.Option("--kv-cache", help="int8, off, or auto: as config.json says.")] = "auto",
@@ -82,16 +85,21 @@ def chat_command(
         from qquant.chat_terminal import parse_settings
         from qquant.progress import quiet_transformers
 
+        for stream, name in ((sys.stdin, "stdin"), (sys.stdout, "stdout")):
+            if stream is None:  # what Python makes of a descriptor that is closed
+                raise UsageError(f"a chat needs an open stdin and stdout, {name} is closed; use /dev/null for none")
         settings = parse_settings(" ".join(conf or []))
         if max_new_tokens is not None:
             settings["max_new_tokens"] = max_new_tokens
         quiet_transformers()
         conversation = open_conversation(
-            model, asked=asked, system=system, seed=seed, dtype=dtype, device=device, kv_cache=kv_cache
+            model, wanted=wanted, system=system, seed=seed, dtype=dtype, device=device, kv_cache=kv_cache
         )
         conversation.set(settings)
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows escapes, not a traceback
             sys.stdout.reconfigure(errors="backslashreplace")
+        if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text: the conversation refuses their line
+            sys.stdin.reconfigure(errors="surrogateescape")
         converse(conversation, interactive=sys.stdin.isatty())
 
 
@@ -155,16 +163,12 @@ def _lines(interactive: bool) -> Iterator[str]:
             continue
         except UnicodeDecodeError as error:
             raise UsageError(f"what is typed must be text in the terminal's encoding, {error.encoding}") from error
-        line = line.rstrip("\r\n")
-        if any("\ud800" <= character <= "\udfff" for character in line):
-            _tell("error: the line holds bytes that are no text; it was not sent")
-            continue
-        yield line
+        yield line.rstrip("\r\n")
 
 
 def _command(conversation: Conversation, line: str) -> str | None:
     """Do what a command says and return its name; None for a line that is to be answered."""
-    from qquant.chat_terminal import SETTINGS, help_text, parse_command, parse_seed, parse_settings, printable
+    from qquant.chat_terminal import SETTINGS, help_text, parse_command, parse_seed, parse_settings
 
     parsed = parse_command(line)
     if parsed is None:
@@ -178,7 +182,7 @@ def _command(conversation: Conversation, line: str) -> str | None:
         conversation.history.clear()
         _tell("the conversation is forgotten")
     elif name == "history":
-        turns = [f"> {printable(asked)}\n{printable(answered)}" for asked, answered in conversation.history]
+        turns = [f"> {asked}\n{answered}" for asked, answered in conversation.history]
         _tell("\n".join(turns) or "nothing was said yet")
     elif name == "seed":
         conversation.seed = parse_seed(rest) if rest else conversation.seed
@@ -193,8 +197,6 @@ def _command(conversation: Conversation, line: str) -> str | None:
 
 def _turn(conversation: Conversation, query: str, noted: bool) -> bool:
     """Show the answer while it is made; returns whether it was ever said that turns were left out."""
-    from qquant.chat_terminal import printable
-
     prompt = conversation.prepare(query)
     if prompt.left_out and not noted:
         _tell(f"note: the oldest turns ({prompt.left_out} so far) no longer fit and are left out")
@@ -212,7 +214,7 @@ def _turn(conversation: Conversation, query: str, noted: bool) -> bool:
 
 
 def _tell(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
 
 
 if __name__ == "__main__":

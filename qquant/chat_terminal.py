@@ -1,4 +1,4 @@
-"""What a person types in a terminal chat, and what may be shown there: commands, settings by name, harmless text.
+"""What a person types in a terminal chat: commands, and settings by name with the values that each may have.
 
 Pure functions of text. Nothing typed is ever evaluated. The conversation itself is conversation.py, the loop chat.py.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -52,6 +51,14 @@ class Setting:
         """Whether a number of the right kind is within bounds."""
         return math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
 
+    def takes(self, value: object) -> bool:
+        """Whether a value that was read from a file is of the right kind and within bounds."""
+        if self.kind is bool or isinstance(value, bool):
+            return self.kind is bool and isinstance(value, bool)
+        if isinstance(value, int):
+            return abs(value) < 10**18 and self.allows(value)  # as many digits as may be typed
+        return self.kind is float and isinstance(value, float) and self.allows(value)
+
 
 _LEAST_DIVISOR = 0.01  # logits are divided by it; far below that they would no longer be finite
 
@@ -73,9 +80,6 @@ SETTINGS = {
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,3})?")
-_SHOWN = "\n\t"
-# Marks that turn the direction of what follows: text that reads otherwise than it is.
-_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def parse_command(line: str) -> tuple[str, str] | None:
@@ -124,11 +128,6 @@ def parse_seed(text: str) -> int:
     return int(text)
 
 
-def printable(text: str) -> str:
-    """The text with everything that a terminal would obey written out in hex digits; line feeds and tabs stay."""
-    return "".join(character if _harmless(character) else _written_out(character) for character in text)
-
-
 def help_text() -> str:
     """The commands and settings, one per line."""
     commands = [f"  :{name:<9}{what}" for name, what in COMMANDS.items()]
@@ -152,15 +151,3 @@ def _parse_value(name: str, text: str) -> Value:
 def _nearest(name: str, known: Iterable[str], mark: str) -> str:
     close = get_close_matches(name, list(known), n=1)
     return f", did you mean {mark}{close[0]}" if close else ""
-
-
-def _harmless(character: str) -> bool:
-    if character in _SHOWN:
-        return True
-    # Cc: control characters; Cs: halves of surrogate pairs, which no encoding takes.
-    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _TURNS
-
-
-def _written_out(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ from qquant.publish import Kind
 from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.solver import group_columns
 from qquant.sources import BUILD_ERRORS, LoadedModel, StreamedModel, compute_dtype, read_config, resolve_folder
+from qquant.text_sources import one_line
 
 _log = logging.getLogger("qquant")
 
@@ -181,9 +182,11 @@ def write_manifest(
     log: QuantizeLog,
     computed_in: str,
     adapter: Path | None = None,
+    files: Collection[str] | None = None,
 ) -> None:
     """The quantization log and a manifest of everything: inputs, options, versions and the sha256 of every file.
 
+    Of the folder's files the manifest vouches for those whose names are in ``files``; None: for all of them.
     Neither holds times, paths or text, so the same inputs give the same bytes.
     """
     write_json(target / LOG_NAME, log.model_dump(mode="json", exclude={"modules": {"__all__": {"seconds"}}}))
@@ -199,7 +202,11 @@ def write_manifest(
             "data": dict(data),
             "versions": {"qquant": qquant.__version__}
             | {package: version(package) for package in ("torch", "transformers", "safetensors")},
-            "files": {path.name: sha256(path) for path in sorted(target.iterdir()) if path.name != MANIFEST_NAME},
+            "files": {
+                path.name: sha256(path)
+                for path in sorted(target.iterdir())
+                if path.name != MANIFEST_NAME and (files is None or path.name in files)
+            },
         },
     )
 
@@ -355,13 +362,11 @@ def load_model(
     except (QquantError, torch.OutOfMemoryError):
         raise
     except (*BUILD_ERRORS, SafetensorError) as error:
-        reason = str(error).split("\n")[0][:300]
-        raise BadModelError(f"the model in {folder} cannot be loaded: {reason}") from error
+        raise BadModelError(f"the model in {folder} cannot be loaded: {one_line(error)}") from error
     if not is_quantized(folder):  # transformers fills what is missing with random numbers
         known = {*stored.entries, *(getattr(model, "all_tied_weights_keys", None) or ())}
         if missing := sorted(model.state_dict().keys() - known):
             raise BadModelError(f"tensor {missing[0]} is missing from {folder} ({len(missing)} missing in all)")
-    model.eval()
     return model
 
 

@@ -1,12 +1,14 @@
 """How a command ends: an expected error becomes one line on stderr and its documented exit code.
 
-Only the way out lives here. What a command prints when it succeeds is the command's own business.
+Here too: text from files and models made harmless for a terminal. What a command prints when it succeeds is the
+command's own business.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,15 @@ from qquant.errors import DiskError, DoesNotFitError, QquantError
 
 INTERRUPTED = 130
 """What a shell reports for a process that Ctrl-C ended: 128 + SIGINT."""
+
+_SHOWN = "\n\t"
+# Marks that turn the direction of what follows: text that reads otherwise than it is.
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    """The text with everything that a terminal would obey written out in hex digits; line feeds and tabs stay."""
+    return "".join(character if _harmless(character) else _written_out(character) for character in text)
 
 
 @contextmanager
@@ -51,7 +62,19 @@ def user_errors(*, debug: bool = False) -> Iterator[None]:
 def _end(message: object, code: int, *, debug: bool) -> None:
     """Print one ``error:`` line and leave with ``code``."""
     if debug:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
     line = "; ".join(part.strip() for part in str(message).splitlines() if part.strip())
-    print(f"error: {line or type(message).__name__}", file=sys.stderr)
+    print(f"error: {printable(line) or type(message).__name__}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _harmless(character: str) -> bool:
+    if character in _SHOWN:
+        return True
+    # Cc: control characters; Cs: halves of surrogate pairs, which no encoding takes.
+    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _TURNS
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -82,15 +82,13 @@ def evaluate_checkpoints(
     Raises:
         QquantError: bad options, model, data or numbers, or not enough GPU memory.
     """
-    import torch
-
     from qquant.accuracy import windows
-    from qquant.eval_inputs import common_dtype, labelled, prompt_length, read_text
+    from qquant.eval_inputs import prompt_length, read_inputs, refuse_below_one
     from qquant.eval_record import eval_report
     from qquant.kv_accuracy import measure_kv_cache
     from qquant.kv_schemes import check_cacheable
     from qquant.report import Data
-    from qquant.sources import pick_device, read_config, resolve_folder
+    from qquant.sources import read_config
 
     stride = max(1, seq_len // 2) if stride is None else stride
     list(windows(2, seq_len=seq_len, stride=stride))  # refuses a bad pair now and not after the models are loaded
@@ -98,30 +96,25 @@ def evaluate_checkpoints(
         raise UsageError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
     if not candidates and kv_cache is None:
         raise UsageError("an evaluation needs at least one candidate, got none; give --candidate or --kv-cache int8")
-    if any(count is not None and count < 1 for count in (max_tokens, threads, kv_tokens)):
-        raise UsageError(
-            f"max_tokens, threads and kv_tokens must be at least 1, got {max_tokens}, {threads} and {kv_tokens}"
-        )
-    where = pick_device(device)
-    folders = labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
-    first = next(iter(folders))
-    compute, prompt_len = common_dtype(folders[first], dtype, where), prompt_length(folders.values(), seq_len)
-    for folder in folders.values() if kv_cache else ():
-        check_cacheable(read_config(folder))
-    ids, digest = read_text(Path(data), folders[first], longest=seq_len, max_tokens=max_tokens)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    try:
-        timed = ids[:prompt_len] if speed and prompt_len else None
+    refuse_below_one(max_tokens=max_tokens, threads=threads, kv_tokens=kv_tokens)
+
+    def check(folders: Iterable[Path]) -> None:
+        prompt_length(folders, seq_len)
+        for folder in folders if kv_cache else ():
+            check_cacheable(read_config(folder))
+
+    names = (baseline, *candidates)
+    folders, compute, where, ids, digest = read_inputs(
+        names, data, seq_len, max_tokens=max_tokens, device=device, dtype=dtype, seed=seed, threads=threads, check=check
+    )
+    prompt_len = prompt_length(folders.values(), seq_len) if speed else 0
+    cost = None
+    with _fits("the models do not fit the device together; try --device cpu"):
+        timed = ids[:prompt_len] if prompt_len else None
         models, rows = _run(folders, ids, compute, where, seq_len, stride, prompt=timed, tell=on_progress)
-        cost = (
-            measure_kv_cache(models, ids, where, window=seq_len, max_tokens=kv_tokens, seed=seed, tell=on_progress)
-            if kv_cache
-            else None
-        )
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(f"the models do not fit the device together; try --device cpu: {error}") from error
+        if kv_cache:
+            options: dict[str, Any] = {"window": seq_len, "max_tokens": kv_tokens, "seed": seed}
+            cost = measure_kv_cache(models, ids, where, **options, tell=on_progress)
     text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), seq_len=seq_len, stride=stride)
     return eval_report(dtype=compute, device=where, rows=rows, kv_cache=cost, data=text, seed=seed, command=command)
 
@@ -160,37 +153,39 @@ def evaluate_long_context(
     Raises:
         QquantError: bad options, model, data or numbers, or not enough GPU memory.
     """
-    import torch
-
     from qquant.checkpoint import load_model
-    from qquant.eval_inputs import common_dtype, labelled, read_text
+    from qquant.eval_inputs import read_inputs, refuse_below_one
     from qquant.eval_record import eval_report
     from qquant.long_context import check_lengths, measure_long_context
     from qquant.report import Data
-    from qquant.sources import pick_device, resolve_folder
 
     longest = check_lengths(lengths)[-1]
-    if any(count is not None and count < 1 for count in (max_tokens, threads)):
-        raise UsageError(f"max_tokens and threads must be at least 1, got {max_tokens} and {threads}")
-    where = pick_device(device)
-    folders = labelled([resolve_folder(str(name)) for name in (baseline, *candidates)])
-    first = next(iter(folders))
-    compute = common_dtype(folders[first], dtype, where)
-    ids, digest = read_text(Path(data), folders[first], longest=longest, max_tokens=max_tokens, option="lengths")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+    refuse_below_one(max_tokens=max_tokens, threads=threads)
+    names = (baseline, *candidates)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed, "threads": threads}
+    folders, compute, where, ids, digest = read_inputs(
+        names, data, longest, option="lengths", max_tokens=max_tokens, **options
+    )
     rows = _rows(folders)
     loaders = {label: partial(load_model, folder, dtype=compute, device=where) for label, folder in folders.items()}
-    try:
+    with _fits("windows this long do not fit the device; shorten --lengths"):
         found = measure_long_context(loaders, ids, where, lengths=lengths, tell=on_progress)
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(f"windows this long do not fit the device; shorten --lengths: {error}") from error
     used = found.windows * longest + 1
     text = Data(name=Path(data).name, sha256=digest, tokens=used, seq_len=longest, stride=longest)
     return eval_report(
         dtype=compute, device=where, rows=rows, long_context=found, data=text, seed=seed, command=command
     )
+
+
+@contextmanager
+def _fits(otherwise: str) -> Iterator[None]:
+    """Torch's out-of-memory error as ours, which says ``otherwise``."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(f"{otherwise}: {error}") from error
 
 
 def _run(
@@ -288,30 +283,18 @@ def evaluate_command(
         refuse_existing(out, kind, overwrite=overwrite)
 
         quiet_transformers()
+        text = own_text(baseline) if data is None else data
+        recipe: Callable[..., EvalReport]
+        if measure == "long-context":
+            recipe = partial(evaluate_long_context, lengths=parse_lengths(lengths or ""))
+        else:
+            options: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "speed": speed}
+            recipe = partial(evaluate_checkpoints, **options, kv_cache=kv_cache, kv_tokens=kv_tokens)
         typed = ["python", "-m", "qquant.eval"] if sys.argv[0].endswith("eval.py") else [Path(sys.argv[0]).name]
+        shared = {"max_tokens": max_tokens, "device": device, "dtype": dtype, "seed": seed, "threads": threads}
         with _shown_progress() as on_progress:
-            common: dict[str, Any] = {
-                "max_tokens": max_tokens,
-                "device": device,
-                "dtype": dtype,
-                "seed": seed,
-                "threads": threads,
-                "command": shown_command([*typed, *sys.argv[1:]]),
-                "on_progress": on_progress,
-            }
-            models = (baseline, candidate or [], own_text(baseline) if data is None else data)
-            if measure == "long-context":
-                report = evaluate_long_context(*models, lengths=parse_lengths(lengths or ""), **common)
-            else:
-                report = evaluate_checkpoints(
-                    *models,
-                    seq_len=seq_len,
-                    stride=stride,
-                    speed=speed,
-                    kv_cache=kv_cache,
-                    kv_tokens=kv_tokens,
-                    **common,
-                )
+            command = shown_command([*typed, *sys.argv[1:]])
+            report = recipe(baseline, candidate or [], text, **shared, command=command, on_progress=on_progress)
         with published(out, kind, overwrite=overwrite) as staging:
             write_report(report, staging)
         typer.echo(out / "report.md")

@@ -9,8 +9,9 @@ import gzip
 import hashlib
 import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,74 @@ from qquant.calibrate import check_tokenizer
 from qquant.errors import BadDataError, UsageError
 from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
 from qquant.shards import DTYPES, CheckpointReader
-from qquant.sources import compute_dtype, load_tokenizer, pick_dtype, read_config, resolve_folder
+from qquant.sources import compute_dtype, load_tokenizer, pick_device, pick_dtype, read_config, resolve_folder
 
 OWN_TEXT = "eval.txt"
 """A text of this name in the baseline's folder is evaluated on when no other is named."""
+
+
+class Inputs(NamedTuple):
+    """All that an evaluation needs before it loads a model."""
+
+    folders: dict[str, Path]
+    """By label; the first is the baseline."""
+    dtype: torch.dtype
+    """That every model computes in."""
+    device: torch.device
+    ids: Tensor
+    """[tokens] int64 of the text."""
+    digest: str
+    """sha256 of the text's file."""
+
+
+def read_inputs(
+    names: Sequence[str | Path],
+    data: str | Path,
+    longest: int,
+    *,
+    option: str = "seq_len",
+    max_tokens: int | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    threads: int | None,
+    check: Callable[[Iterable[Path]], None] = lambda folders: None,
+) -> Inputs:
+    """Resolve the folders, read the text, and set torch's seed and threads for the whole process.
+
+    Args:
+        names: folders or hub ids; the first is the baseline, whose tokenizer cuts the text.
+        data: see ``read_text``.
+        longest: tokens of the longest window; the text must have more.
+        option: what ``longest`` came from, for messages.
+        max_tokens: use only this many tokens from the start of the text.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+        dtype: "auto" or a compute dtype.
+        seed: of torch's generators.
+        threads: CPU threads; None leaves them alone.
+        check: refuses folders that cannot be evaluated, before the text is read.
+
+    Raises:
+        QquantError: bad options, model or data.
+    """
+    place = pick_device(device)
+    folders = labelled([resolve_folder(str(name)) for name in names])
+    baseline = next(iter(folders.values()))
+    compute = common_dtype(baseline, dtype, place)
+    check(folders.values())
+    ids, digest = read_text(Path(data), baseline, longest=longest, max_tokens=max_tokens, option=option)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    return Inputs(folders, compute, place, ids, digest)
+
+
+def refuse_below_one(**counts: int | None) -> None:
+    """Raise UsageError unless every count is at least 1, or None."""
+    if any(count is not None and count < 1 for count in counts.values()):
+        names, values = ([*map(str, part)] for part in (counts, counts.values()))
+        shown = [f"{', '.join(part[:-1])} and {part[-1]}" for part in (names, values)]
+        raise UsageError(f"{shown[0]} must be at least 1, got {shown[1]}")
 
 
 def labelled(folders: Sequence[Path]) -> dict[str, Path]:

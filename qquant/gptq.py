@@ -87,6 +87,7 @@ def quantize_checkpoint(
     tuned = None if adapter is None else Path(adapter).expanduser()
     source = StreamedModel(folder, dtype=dtype, device=device, adapter=tuned)
     beside = collect(folder, adapter=tuned, changes=source.config_changes)
+    beside.check_tokenizer()
     vocabulary = int(source.config.get_text_config().vocab_size)
     chosen = _samples_or_probe(samples, config, vocabulary)
     check_samples(chosen, vocabulary)
@@ -178,8 +179,12 @@ def quantize_model(
 def _samples_or_probe(samples: Sequence[Sample] | None, config: QuantizeConfig, vocabulary: int) -> list[Sample]:
     """The calibration samples, or for round-to-nearest one made-up sample that only serves to compare logits."""
     from qquant.calibrate import samples_from_ids
-    from qquant.errors import UsageError
+    from qquant.errors import BadModelError, UsageError
 
+    if vocabulary < 1:
+        raise BadModelError(
+            f"a model must have one row per token, vocab_size is {vocabulary}; get its config.json again"
+        )
     if config.method == "rtn":
         return samples_from_ids([[i % vocabulary for i in range(_PROBE_TOKENS)]])
     if samples is None:
@@ -357,7 +362,7 @@ def _show_plan(folder: Path, adapter: Path | None, samples: list[Sample] | None,
     from qquant.sources import StreamedModel
 
     source = StreamedModel(folder, adapter=adapter)
-    collect(folder, adapter=adapter, changes=source.config_changes)
+    collect(folder, adapter=adapter, changes=source.config_changes).check_tokenizer()
     plan, quantized, skipped = plan_tensors(source, config)
     before = sum(entry.spec.nbytes for entry in source.reader.entries.values())
     after = sum(spec.nbytes for spec in plan.values())

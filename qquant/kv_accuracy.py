@@ -27,6 +27,7 @@ from qquant.kv_schemes import (
     automatic_scheme,
     cached_logits_fn,
     last_logits,
+    plan_positions,
     scheme_on,
     schemes_for,
 )
@@ -223,7 +224,8 @@ def _decode(model: PreTrainedModel, ids: Tensor, device: torch.device, make_cach
     tokens, cache = len(ids) - prompt, make_cache()
     with torch.inference_mode():
         exact, at_once = (last_logits(model, device, ids[None], tokens, one)[0] for one in (None, make_cache()))
-        last_logits(model, device, ids[None, :prompt], 1, cache, prompt=0, total=len(ids))
+        plan_positions(model, cache, len(ids))  # as at_once has them, and not as the prompt alone would
+        model(input_ids=ids[None, :prompt].to(device), past_key_values=cache, use_cache=True)
         steps = torch.cat([last_logits(model, device, token.view(1, 1), 1, cache)[0] for token in ids[prompt:]])
     following = ids[prompt:].roll(-1)  # only the KL is used
     kl = [_compare(exact, logits, following)[1].mean().item() for logits in (steps, at_once)]

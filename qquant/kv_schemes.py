@@ -83,7 +83,6 @@ def last_logits(
     cache: Int8KVCache | None,
     *,
     prompt: int = PROMPT,
-    total: int | None = None,
 ) -> Tensor:
     """Run a model on fresh sequences.
 
@@ -98,7 +97,6 @@ def last_logits(
         cache: what keys and values pass through; None: they stay exact.
         prompt: tokens that pass through the cache before the rest, at most half of them; 0: all in one call, for the
             published scheme, whose one range per call serves prompts.
-        total: tokens per sequence where ``ids`` are only their beginning, for models whose positions depend on it.
 
     Returns:
         [B, keep, vocab] logits that follow the last ``keep`` tokens.
@@ -107,9 +105,8 @@ def last_logits(
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     first = 0 if cache is None else min(prompt, ids.shape[1] // 2)
     found: list[Tensor] = []
-    plan_prompt: Any = getattr(model, "plan_prompt", None)
-    if cache is not None and plan_prompt is not None and cache.get_seq_length() == 0:
-        plan_prompt(cache, total or ids.shape[1])
+    if cache is not None and cache.get_seq_length() == 0:
+        plan_positions(model, cache, ids.shape[1])
     for begin, end in ((0, first), (first, ids.shape[1])):
         wanted = min(end - begin, keep - (ids.shape[1] - end))
         if begin == end:
@@ -121,6 +118,13 @@ def last_logits(
         if wanted > 0:
             found.append(logits[:, -wanted:])
     return torch.cat(found, 1)
+
+
+def plan_positions(model: PreTrainedModel, cache: Int8KVCache, total: int) -> None:
+    """Tell an empty cache how many tokens it will hold, if the positions of the model's tokens depend on it."""
+    plan_prompt: Any = getattr(model, "plan_prompt", None)
+    if plan_prompt is not None:
+        plan_prompt(cache, total)
 
 
 def cached_logits_fn(

@@ -27,7 +27,7 @@ SHOWN: dict[SettingName, str] = {
 }
 """Rows of the table, as Qwen's README words them."""
 
-_COLOURS: tuple[SettingName, ...] = ("plain", "ntk", "ntk_logn", "logn", "as_configured")
+_COLOURS = tuple(SHOWN)
 _LINES = ("-", "--", ":", "-.")
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from qquant.adapter import Adapter, LowRank, Update
 from qquant.errors import BadModelError
-from qquant.shards import DTYPES, CheckpointReader, Entry, TensorSpec
-
-_PIECE = 1 << 22  # values merged together in float32: of a whole embedding they would take several times its size
+from qquant.shards import DTYPES, PIECE, CheckpointReader, Entry, TensorSpec
 
 
 def add_low_rank(weight: Tensor, low: LowRank, name: str, adapter: Adapter) -> None:
@@ -40,17 +38,17 @@ def add_low_rank(weight: Tensor, low: LowRank, name: str, adapter: Adapter) -> N
     def merged(piece: slice) -> Tensor:
         return (outer[piece] @ inner).mul_(low.scale).add_(weight[piece])  # float32, in memory of its own
 
+    magnitude = adapter.reader.read(low.magnitude).float() if low.magnitude else None
     factor: Tensor | None = None
-    if low.magnitude and low.embedding:  # [in]: a length runs over all rows
+    if magnitude is not None and low.embedding:  # [in]: a length runs over all rows
         squares = sum((merged(piece).double().square().sum(0) for piece in pieces), torch.zeros(()))
-        factor = adapter.tensor(low.magnitude).float() / squares.sqrt().float()
+        factor = magnitude / squares.sqrt().float()
     for piece in pieces:
         values = merged(piece)
         if factor is not None:
             values *= factor
-        elif low.magnitude:
-            lengths = adapter.tensor(low.magnitude).float()[piece]
-            values *= (lengths / torch.linalg.vector_norm(values, dim=1))[:, None]
+        elif magnitude is not None:
+            values *= (magnitude[piece] / torch.linalg.vector_norm(values, dim=1))[:, None]
         weight[piece] = _rounded(values, weight.dtype, name, adapter)
 
 
@@ -72,7 +70,7 @@ class MergedReader:
         self.entries: dict[str, Entry] = {name: self._planned(name) for name in (*base.entries, *self.copies)}
 
     def _planned(self, name: str) -> Entry:
-        entry = self.base.entries[name if name in self.base.entries else self.copies[name]]
+        entry = self.base.entries[self._stored(name)]
         whole = self.adapter.updates.get(name, Update()).whole
         return replace(entry, spec=TensorSpec(entry.spec.dtype, self.adapter.shapes[whole])) if whole else entry
 
@@ -86,15 +84,17 @@ class MergedReader:
         if update.whole:
             spec = self.spec(name)
             tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="cpu")
-            for piece, values in self._whole(name, update.whole):
-                tensor[piece] = values
+            flat, first = tensor.view(-1), 0
+            for values in self._whole(name, update.whole):
+                flat[first : first + values.numel()] = values
+                first += values.numel()
         else:
             tensor = self.base.read(self._stored(name))
         if update.low_rank:
             add_low_rank(tensor, update.low_rank, name, self.adapter)
         if update.bias:
             bias, scale = update.bias
-            total = tensor.float() + self.adapter.tensor(bias).float() * scale
+            total = tensor.float() + self.adapter.reader.read(bias).float() * scale
             tensor = _rounded(total, tensor.dtype, name, self.adapter)
         return tensor
 
@@ -102,19 +102,17 @@ class MergedReader:
         """The tensor's values piece by piece, flattened."""
         update = self.adapter.updates.get(name, Update())
         if update.whole and not update.low_rank and not update.bias:
-            for _, values in self._whole(name, update.whole):
-                yield values.reshape(-1)
+            yield from self._whole(name, update.whole)
         elif name in self.adapter.updates:
-            yield from self.read(name).reshape(-1).split(_PIECE)
+            yield from self.read(name).reshape(-1).split(PIECE)
         else:
             yield from self.base.chunks(self._stored(name))
 
-    def _whole(self, name: str, whole: str) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of a tensor that takes the stored one's place, in the stored one's dtype."""
-        spec = self.spec(name)
-        for piece in _row_pieces(spec.shape):
-            values = self.adapter.rows(whole, piece.start, piece.stop)
-            yield piece, _rounded(values, DTYPES[spec.dtype], name, self.adapter)
+    def _whole(self, name: str, whole: str) -> Iterator[Tensor]:
+        """A tensor that takes the stored one's place, in the stored one's dtype, piece by piece and flattened."""
+        dtype = DTYPES[self.spec(name).dtype]
+        for values in self.adapter.reader.chunks(whole):
+            yield _rounded(values, dtype, name, self.adapter)
 
     def _stored(self, name: str) -> str:
         return name if name in self.base.entries else self.copies.get(name, name)
@@ -129,5 +127,5 @@ def _rounded(values: Tensor, dtype: torch.dtype, name: str, adapter: Adapter) ->
 
 def _row_pieces(shape: tuple[int, ...]) -> list[slice]:
     """Consecutive rows that together are all of a tensor's."""
-    step = max(1, _PIECE // max(1, math.prod(shape[1:])))
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
     return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]

@@ -36,6 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PIECE = 1 << 22
+"""Values checked or computed with at once: for a whole embedding that would take several times its memory."""
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _NUMBER_LIMIT = 2**60  # elements or bytes; a header that claims more is damaged, and torch counts in int64
 _CHUNK = 16 * 2**20  # bytes copied at a time
@@ -68,25 +70,26 @@ class CheckpointReader:
 
     Args:
         folder: model folder.
+        files: files in it to read, whatever an index says; None: those that a model consists of.
 
     Raises:
         BadModelError: no safetensors, only pickle weights, an index that points outside the folder or at a missing
             file or tensor, or a damaged header.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         """Read and check every header; no tensor is read."""
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
-        self.files = weight_files(folder)
+        self.files = weight_files(folder) if files is None else list(files)
         for file in self.files:
             for name, entry in _read_header(file, self.metadata).items():
                 if name in self.entries:
                     raise BadModelError(f"each tensor must be stored once, {name} is in more than one file of {folder}")
                 self.entries[name] = entry
         index = folder / INDEX_NAME
-        if self.files == [folder / SINGLE_NAME] or not index.exists():
+        if files is not None or self.files == [folder / SINGLE_NAME] or not index.exists():
             return
         for name, file_name in _weight_map(index).items():
             if name not in self.entries or self.entries[name].file != folder / file_name:

@@ -11,19 +11,23 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+from transformers.utils import chat_template_utils
+
 from qquant.errors import BadModelError
 from qquant.json_files import read_json, write_json
-from qquant.sources import QWEN_CODE
+from qquant.sources import QWEN_CODE, VOCABULARIES, load_tokenizer
+from qquant.text_sources import one_line
 
 _log = logging.getLogger("qquant")
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
 _TOKENIZER = (
-    *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.*",
 )  # fmt: skip
 _OTHERS = ("generation_config.json", "LICENSE*", "NOTICE*")
@@ -46,6 +50,36 @@ class SideFiles:
     """Name -> file whose bytes are taken as they are."""
     rewritten: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> JSON object."""
+    rows: int | None = None
+    """Rows of the embeddings, where there are fewer than the original had; None: as many, or more."""
+
+    def check_tokenizer(self) -> None:
+        """Load the tokenizer that goes along, if there is one, so that nobody gets a folder whose own does not load.
+
+        Raises:
+            BadModelError: its files or a chat template make no sense, or it has ids past the end of embeddings that
+                an adapter made shorter. Those of the original may lack rows: the model came so.
+        """
+        if not any(fnmatch(name, pattern) for name in (*self.copied, *self.rewritten) for pattern in VOCABULARIES):
+            return
+        with TemporaryDirectory(prefix="qquant-tokenizer-") as name:
+            place = Path(name)
+            self.write(place, {})
+            write_json(place / "config.json", self.config)
+            try:
+                tokenizer = load_tokenizer(place)
+            except BadModelError as error:
+                raise BadModelError(
+                    f"{one_line(error).replace(name, 'the model and its adapter')}; every file of the tokenizer must "
+                    "be whole, get them again or remove what does not belong"
+                ) from error
+            _check_templates(getattr(tokenizer, "chat_template", None))
+            highest = max(tokenizer.get_vocab().values(), default=-1)
+        if self.rows is not None and highest >= self.rows:
+            raise BadModelError(
+                f"an adapter that shortens the embeddings must leave a row for every id, it has {self.rows} rows and "
+                f"the tokenizer ids up to {highest}; save the tokenizer it was trained with beside it"
+            )
 
     def write(self, target: Path, keys: Mapping[str, Any]) -> None:
         """Write everything into a folder, with ``keys`` as the quantization config; quantize_config.json too."""
@@ -104,7 +138,8 @@ def collect(source: Path, *, adapter: Path | None = None, changes: Mapping[str, 
         copied[name] = source / name
     if qwen and "generation_config.json" not in files:
         rewritten |= _made_up_generation_config(source, copied)
-    return SideFiles(config, copied, rewritten)
+    rows = (changes or {}).get("vocab_size")
+    return SideFiles(config, copied, rewritten, rows if rows is not None and rows < _rows(original, rows + 1) else None)
 
 
 @contextmanager
@@ -126,7 +161,7 @@ def _tokenizer_files(source: Path, adapter: Path | None) -> dict[str, Path]:
         return ours
     theirs = _matching(adapter, _TOKENIZER)
     # Two vocabularies in one folder would leave it to chance which of them a reader takes.
-    return theirs if _matching(adapter, _VOCABULARIES) else ours | theirs
+    return theirs if _matching(adapter, VOCABULARIES) else ours | theirs
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
@@ -175,12 +210,30 @@ def _made_up_generation_config(source: Path, copied: Mapping[str, Path]) -> dict
     with ranks.open("rb") as lines:
         end = sum(1 for line in lines if line.strip())
     _log.warning(
-        "%s has no generation_config.json; one that says only that a text ends with token %d was written. For a chat "
+        "%s has no generation_config.json; one that says only that a text ends with token %d goes along. For a chat "
         'model add "chat_format": "chatml" to it, for a base model "raw"',
         source,
         end,
     )
     return {"generation_config.json": {"eos_token_id": end, "pad_token_id": end}}
+
+
+def _rows(config: Mapping[str, Any], otherwise: int) -> int:
+    """``vocab_size`` by config.json; it may lie one level down, or be left to the default."""
+    inner = config.get("text_config")
+    return int(config.get("vocab_size", inner.get("vocab_size", otherwise) if isinstance(inner, dict) else otherwise))
+
+
+def _check_templates(templates: Any) -> None:
+    """Compile chat templates as transformers will; none is run."""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        try:
+            if isinstance(template, str):
+                chat_template_utils._compile_jinja_template(template)
+        except TemplateSyntaxError as error:
+            raise BadModelError(
+                f"the tokenizer's chat template must be Jinja, got: {one_line(error)}; correct it or remove it"
+            ) from error
 
 
 def _with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +245,8 @@ def _with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
             result["text_config"] = {**inner, key: value}
         else:
             result[key] = value
+    if "vocab_size" in changes:  # the first release of Qwen named the rows twice
+        result.pop("padded_vocab_size", None)
     return result
 
 

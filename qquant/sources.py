@@ -20,18 +20,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from qquant.adapter import Adapter
+from qquant.adapter_settings import CONFIG_NAME as ADAPTER_CONFIG
 from qquant.errors import BadModelError, UsageError
+from qquant.json_files import read_json
 from qquant.merging import MergedReader
 from qquant.models.layouts import Layout, block_list, find_layout
 from qquant.models.qwen.modeling import register_qwen
-from qquant.shards import DTYPES, CheckpointReader
+from qquant.shards import DTYPES, PIECE, CheckpointReader
+from qquant.text_sources import one_line
 
 _log = logging.getLogger("qquant")
 
 register_qwen()  # a folder of this type is read here, whoever asks for it
 
-_CHECKED = 1 << 22  # values looked at together: a check of a whole matrix would need as much memory again
-
+_MANY_BLOCKS = 200  # more than known models have; fewer are built in seconds, then compared with what is stored
 # Buffers that old checkpoints stored and every model computes for itself.
 _COMPUTED_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias")
 QWEN_CODE = (
@@ -43,7 +45,8 @@ _FETCHED = [
     "*.safetensors", "*.json", "*.txt", "*.tiktoken", "*.jinja", "tokenizer.model", "LICENSE", "LICENSE.md", "NOTICE",
     "NOTICE.md", *QWEN_CODE,
 ]  # fmt: skip
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.tiktoken", "vocab.json", "vocab.txt")
+"""Files that hold a tokenizer's vocabulary; a folder without any of them has no tokenizer."""
 # What transformers and torch raise when a configuration or tokenizer file makes no sense.
 BUILD_ERRORS = (
     ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError,
@@ -70,26 +73,61 @@ def resolve_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED))
     except (OSError, ValueError) as error:  # the hub client's errors derive from these two
-        raise BadModelError(f"{name} is no local folder, and the hub did not give it: {_one_line(error)}") from error
+        raise BadModelError(f"{name} is no local folder, and the hub did not give it: {one_line(error)}") from error
 
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The model's configuration; a local folder only, and never with remote code.
 
     Raises:
-        BadModelError: no such folder, no config.json, or a model type that transformers does not know.
+        BadModelError: no such folder, a config.json that no model known here can follow, or an adapter beside it.
     """
     if not folder.is_dir():
         raise BadModelError(f"a model must be a local folder, and {folder} is none; download the model first")
     if not (folder / "config.json").is_file():
         raise BadModelError(f"a model folder must hold config.json, {folder} does not")
+    # transformers loads such an adapter if peft is installed, and leaves it out if not.
+    if (folder / ADAPTER_CONFIG).exists():
+        raise BadModelError(
+            f"a model must lie in a folder without an adapter, {folder} also holds {ADAPTER_CONFIG}; move the adapter "
+            "into a folder of its own, and quantize with --adapter to merge it"
+        )
+    _check_config(folder)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except BUILD_ERRORS as error:
         raise BadModelError(
-            f"the model in {folder} cannot be built by the installed transformers: {_one_line(error)}"
+            f"the model in {folder} cannot be built by the installed transformers: {one_line(error)}"
         ) from error
     return config
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse values that transformers takes: blocks that would be built for ever, a dtype that nothing computes in."""
+    try:
+        content = read_json(folder / "config.json")
+    except BadModelError:
+        return  # transformers says the same of it, and more
+    inner = content.get("text_config")
+    for part in (content, inner if isinstance(inner, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            name = part.get(key)
+            dtype = getattr(torch, name, None) if isinstance(name, str) else None
+            if isinstance(name, dict | None) or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                continue  # an object has one for each part of a model
+            raise BadModelError(
+                f"{key} in config.json of {folder} must name a floating dtype, got {repr(name)[:40]}; "
+                "write float32, bfloat16 or float16"
+            )
+        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+            count = part.get(key)
+            if not isinstance(count, int | float) or count <= _MANY_BLOCKS:
+                continue
+            if count > (stored := len(CheckpointReader(folder).entries)):
+                raise BadModelError(
+                    f"every block must have tensors, {key} in config.json of {folder} asks for {repr(count)[:20]} "
+                    f"blocks and {stored} tensors are stored; config.json belongs to another model"
+                )
 
 
 def skeleton(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -99,7 +137,7 @@ def skeleton(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None =
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except BUILD_ERRORS as error:
         raise BadModelError(
-            f"no causal language model can be built from config.json of {folder}: {_one_line(error)}"
+            f"no causal language model can be built from config.json of {folder}: {one_line(error)}"
         ) from error
     model.eval()
     return model
@@ -108,12 +146,12 @@ def skeleton(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None =
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer; raises BadModelError if there is none or it needs code of its own."""
     # Without any of these transformers makes up a tokenizer with an empty vocabulary and says nothing.
-    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
-        raise BadModelError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}); copy it from the original")
+    if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
+        raise BadModelError(f"{folder} holds no tokenizer ({', '.join(VOCABULARIES)}); copy it from the original")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except BUILD_ERRORS as error:
-        raise BadModelError(f"the tokenizer in {folder} cannot be loaded: {_one_line(error)}") from error
+        raise BadModelError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -275,6 +313,7 @@ class StreamedModel:
             self.model = skeleton(self.config, self.folder, self.dtype)
             self.tied = _tied_names(self.model)
         adapter.check({name: tuple(t.shape) for name, t in _tensors(self.model).items() if name not in self.tied})
+        adapter.settings.check_names(_tensors(self.model))
         self.reader = MergedReader(self.reader, adapter, copies)
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
@@ -284,7 +323,7 @@ class StreamedModel:
     def _read(self, name: str, like: Tensor) -> Tensor:
         tensor = self.reader.read(name)
         if tensor.is_floating_point():
-            if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(_CHECKED)):
+            if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(PIECE)):
                 raise BadModelError(f"weights must be finite, {name} in {self.folder} holds NaN or Inf")
             tensor = tensor.to(like.dtype)
         return tensor.to(self.device)
@@ -350,10 +389,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _tied_names(model: Any) -> dict[str, str]:
     """Tensors that are copies by the model's own rule, such as a tied output projection: copy -> original."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,10 +1,11 @@
-"""What the tests of the compatibility layer share: examples, a model to quantize, and a comparison of two folders."""
+"""What the tests of the compatibility layer share: examples, a quantized model, and a comparison of two folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from qquant.calibrate import Sample, samples_from_ids
@@ -26,6 +27,22 @@ def samples() -> list[Sample]:
 
 def load(folder: Path, **options: Any) -> BaseGPTQForCausalLM:
     return AutoGPTQForCausalLM.from_pretrained(folder, BaseQuantizeConfig(**PLAIN), device_map="cpu", **options)
+
+
+@pytest.fixture(name="quantized", scope="module")
+def quantized_model(tiny_qwen2: Path) -> BaseGPTQForCausalLM:
+    """A quantized model that tests may use and save, and do not change."""
+    model = load(tiny_qwen2)
+    model.quantize(examples())
+    return model
+
+
+@pytest.fixture(name="saved", scope="module")
+def its_checkpoint(quantized: BaseGPTQForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its checkpoint. Never write to it."""
+    out = tmp_path_factory.mktemp("saved") / "int4"
+    quantized.save_quantized(out)
+    return out
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

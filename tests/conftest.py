@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Tiny matrices gain nothing from a second thread, and two threads on a busy machine wait for one another. Read when
 # torch is first imported; commands that tests start inherit it.
@@ -22,6 +23,9 @@ import torch
 
 # Read when transformers is first imported: no test looks at the network unless it asks for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if TYPE_CHECKING:
+    from typer.testing import Result
 
 Factory = Callable[..., Path]
 
@@ -91,22 +95,15 @@ def make_checkpoint(
 
 
 def _split(folder: Path, shards: int) -> None:
-    """Replace model.safetensors by ``shards`` files and their index, tensors dealt in order of name."""
-    from safetensors.torch import load_file, save_file
+    """Replace model.safetensors by ``shards`` files and their index."""
+    from safetensors.torch import load_file
+
+    from tests.weight_files import write_shards
 
     whole = folder / "model.safetensors"
     tensors = load_file(whole)
-    names = sorted(tensors)
-    weight_map: dict[str, str] = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
-        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     whole.unlink()
+    write_shards(folder, tensors, shards)
 
 
 def _save_tokenizer(folder: Path, family: str) -> int:
@@ -185,6 +182,51 @@ def tiny_llama(checkpoint: Factory) -> Path:
 def tiny_mistral(checkpoint: Factory) -> Path:
     """A Mistral folder. Shared: never write to it."""
     return checkpoint("mistral")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``qquant.register()`` for one test."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    import qquant
+
+    monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "gptq", AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"])
+    qquant.register()
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to evaluate on, some hundred tokens of the tiny tokenizers."""
+    sentence = "The quick brown fox jumps over the lazy dog, and def add(left, right) returns {} while 你好世界.\n"
+    path = tmp_path_factory.mktemp("data") / "held-out.txt"
+    path.write_text("".join(sentence.format(number) for number in range(12)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_eval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """``qquant.eval`` in this process; ``sys.argv`` is what a user's would be, because the report quotes it."""
+    import typer
+    from typer.testing import CliRunner
+
+    from qquant.eval import evaluate_command
+
+    app = typer.Typer()
+    app.command()(evaluate_command)
+
+    def invoke(*arguments: Any) -> Result:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["/somewhere/qquant/eval.py", *words])
+        return CliRunner().invoke(app, words)
+
+    return invoke
+
+
+def assert_same_but_for_order(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Logits of one model whose matrices lie transposed in memory: the order of the sums is all that differs."""
+    limit = 64 * torch.finfo(torch.float32).eps * float(expected.max() - expected.min())
+    assert float((found - expected).abs().max()) <= limit
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

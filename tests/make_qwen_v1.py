@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from examples.make_small_vocabulary import small_vocabulary
+from tests.weight_files import write_shards
 
 SPECIALS = 208
 """Special tokens after the ranks: <|endoftext|>, <|im_start|>, <|im_end|> and 205 extras."""
@@ -188,7 +191,7 @@ def as_qwen_v1(source: Path, folder: Path, *, shards: int = 1) -> Path:
         "vocab_size": old["vocab_size"],
     }
     _write_folder(folder, settings, new, shards)
-    _write_ranks(folder / "qwen.tiktoken", _bytes_of_tokenizer(source / "tokenizer.json"))
+    (folder / "qwen.tiktoken").write_bytes(small_vocabulary(source / "tokenizer.json"))
     _write_generation_config(folder, chat=True)
     return folder
 
@@ -247,19 +250,7 @@ def _write_folder(folder: Path, settings: dict[str, Any], tensors: dict[str, Ten
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
     for file in REMOTE_CODE:
         (folder / file).write_text('raise AssertionError("remote code was run")\n')
-    names = sorted(tensors)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
-        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_shards(folder, tensors, shards)
 
 
 def _write_generation_config(folder: Path, chat: bool) -> None:
@@ -277,19 +268,6 @@ def _small_vocabulary() -> list[bytes]:
     """Every byte, and pairs of letters: 288 tokens, so that the specials end below 512 rows."""
     pairs = [f"{first}{second}".encode() for first in "esta" for second in "aeinorst"]
     return [bytes([value]) for value in range(256)] + pairs
-
-
-def _bytes_of_tokenizer(file: Path) -> list[bytes]:
-    """The tokens of a byte-level tokenizer.json in order of id, specials left out."""
-    # GPT-2's letters for bytes: printable ones stand for themselves, the others for code points from 256 on.
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [value for value in range(256) if value not in shown]
-    byte_of = {chr(value): value for value in shown} | {chr(256 + i): value for i, value in enumerate(hidden)}
-    data = json.loads(file.read_text())
-    specials = {token["content"] for token in data["added_tokens"]}
-    vocab: dict[str, int] = data["model"]["vocab"]
-    tokens = sorted((token for token in vocab if token not in specials), key=vocab.__getitem__)
-    return [bytes(byte_of[letter] for letter in token) for token in tokens]
 
 
 def _write_ranks(file: Path, tokens: list[bytes]) -> None:

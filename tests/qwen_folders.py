@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qquant.models.qwen.configuration import QWenConfig
 from qquant.models.qwen.modeling import QWenLMHeadModel
-from qquant.shards import INDEX_NAME, SINGLE_NAME
+from qquant.shards import SINGLE_NAME
+from tests.make_qwen_v1 import PUBLISHED
+from tests.weight_files import write_shards
 
 SEQ_LENGTH = 16
 LONG = 40
@@ -104,45 +106,7 @@ def in_words(values: NDArray[np.uint32], bits: int) -> Tensor:
     return torch.from_numpy(np.bitwise_or.reduce(values << shifts, axis=-1).astype(np.uint32).view(np.int32).copy())
 
 
-PUBLISHED: dict[str, Any] = {
-    "architectures": ["QWenLMHeadModel"],
-    "auto_map": {
-        "AutoConfig": "configuration_qwen.QWenConfig",
-        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-    },
-    "attn_dropout_prob": 0.0,
-    "bf16": False,
-    "emb_dropout_prob": 0.0,
-    "fp16": True,
-    "fp32": False,
-    "hidden_size": HIDDEN,
-    "initializer_range": 0.02,
-    "intermediate_size": 2 * WIDTH,
-    "kv_channels": 16,
-    "layer_norm_epsilon": 1e-06,
-    "max_position_embeddings": 32768,
-    "model_type": "qwen",
-    "no_bias": True,
-    "num_attention_heads": 4,
-    "num_hidden_layers": LAYERS,
-    "onnx_safe": None,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "seq_length": SEQ_LENGTH,
-    "softmax_in_fp32": False,
-    "tie_word_embeddings": False,
-    "tokenizer_class": "QWenTokenizer",
-    "torch_dtype": "float16",
-    "transformers_version": "4.32.0",
-    "use_cache": True,
-    "use_cache_kernel": False,
-    "use_cache_quantization": False,
-    "use_dynamic_ntk": True,
-    "use_flash_attn": "auto",
-    "use_logn_attn": True,
-    "vocab_size": VOCAB,
-}
+PACKED_CONFIG = PUBLISHED | SIZES | {"fp16": True, "torch_dtype": "float16"}
 """config.json as the Int4 folders have it, but for the sizes."""
 
 
@@ -188,24 +152,10 @@ def publish(folder: Path, plain: Path, bits: int, *, keys_in: str = "config", sh
         "model_name_or_path": None,
         "model_file_base_name": "model",
     }
-    config = dict(PUBLISHED)
+    config = dict(PACKED_CONFIG)
     if keys_in != "beside":
         config["quantization_config"] = {**keys, "quant_method": "gptq", "disable_exllama": True}
     if keys_in != "config":
         (folder / "quantize_config.json").write_text(json.dumps(keys))
     (folder / "config.json").write_text(json.dumps(config))
     return logits(with_weights(plain, {name: tensor.contiguous() for name, tensor in dense.items()}))
-
-
-def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
-    if shards == 1:
-        save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-        return
-    names = sorted(tensors)
-    weight_map: dict[str, str] = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[number::shards]
-        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))

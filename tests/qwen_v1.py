@@ -1,6 +1,7 @@
 """What tests of the original Qwen (v1) share: where its real vocabulary is, and texts that are hard to tokenize.
 
-The vocabulary comes with the package dashscope, a development requirement of which only this one file is read.
+The vocabulary comes with the package dashscope (requirements/vocabulary.txt, which ``make test`` installs without the
+packages that it names); only this one file of it is read.
 """
 
 from __future__ import annotations
@@ -40,5 +41,5 @@ def real_vocabulary_or_skip() -> Path:
     """As ``real_vocabulary``, for a fixture: skips the test without it."""
     path = real_vocabulary()
     if path is None:
-        pytest.skip("Qwen's vocabulary is not here: install the development requirements (dashscope brings it)")
+        pytest.skip("Qwen's vocabulary is not here: pip install --no-deps -r requirements/vocabulary.txt brings it")
     return path

@@ -6,12 +6,14 @@ What is refused is test_bad_adapter.py.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,7 +157,8 @@ def test_a_merged_matrix_does_not_depend_on_how_it_is_cut(
     options: dict[str, Any] = {"use_dora": True, "target_modules": ["embed_tokens", "lm_head", "down_proj"]}
     folder = saved(trained(tiny_qwen2, modules_to_save=["up_proj"], **options), tmp_path / "a")
     _, expected = streamed(tiny_qwen2, folder)
-    monkeypatch.setattr("qquant.merging._PIECE", 700)
+    monkeypatch.setattr("qquant.merging.PIECE", 700)
+    monkeypatch.setattr("qquant.shards._CHUNK", 2800)  # as many values in float32: what is taken whole
     _, got = streamed(tiny_qwen2, folder)
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, expected[name], **rounding(tensor))
@@ -207,6 +210,12 @@ def test_tied_embeddings_become_what_was_trained(
     assert qquant.load_quantized(out)(IDS).logits.shape[-1] == options.get("resize", VOCAB)
 
 
+def keep_ids_below(rows: int, source: Path, target: Path) -> None:
+    content = json.loads(source.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    target.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("rows", [VOCAB + 24, VOCAB - 2])
 @pytest.mark.parametrize("whole", [["embed_tokens", "lm_head"], None], ids=["trained", "only resized"])
 def test_another_vocabulary_is_followed_by_the_config(
@@ -214,6 +223,8 @@ def test_another_vocabulary_is_followed_by_the_config(
 ) -> None:
     tuned = trained(tiny_qwen2, resize=rows, modules_to_save=whole)
     adapter, out = saved(tuned, tmp_path / "a"), tmp_path / "q"
+    if rows < VOCAB:  # then its tokenizer must have fewer ids as well
+        keep_ids_below(rows, tiny_qwen2 / "tokenizer.json", adapter / "tokenizer.json")
     ids = torch.tensor([[1, 2, rows - 1]])
     config = QuantizeConfig(bits=8, group_size=32)
     quantize_checkpoint(tiny_qwen2, samples_from_ids(ids), config, out, adapter=adapter)
@@ -249,6 +260,48 @@ def sound(checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A plain adapter. Never write to it."""
     tuned = trained(checkpoint("qwen2"), modules_to_save=["lm_head"])
     return saved(tuned, tmp_path_factory.mktemp("adapter") / "sound")
+
+
+def test_names_that_match_nothing_are_said_and_passed_over(
+    tiny_qwen2: Path, sound: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A list often serves several families; peft passes over such names too."""
+    targets, whole = ["q_proj", "v_proj", "down_proj", "c_attn"], ["lm_head", "wte"]
+    with caplog.at_level(logging.WARNING, "qquant"):
+        streamed(tiny_qwen2, edited(sound, tmp_path / "a", target_modules=targets, modules_to_save=whole))
+    lines = [record.message for record in caplog.records]
+    assert [line.rpartition(": ")[2] for line in lines] == ["c_attn", "wte"]
+    assert [line.split()[0] for line in lines] == ["target_modules", "modules_to_save"]
+
+
+def test_names_of_tied_copies_are_names_of_the_model(
+    checkpoint: Factory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = checkpoint("qwen2", tie=True)
+    options: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    adapter = saved(trained(base, **options), tmp_path / "a")
+    with caplog.at_level(logging.WARNING, "qquant"):
+        streamed(base, adapter)
+    assert caplog.records == []
+
+
+PATTERNS = [
+    r"layers\.\d+\..*v_proj",
+    "(q|k)_proj",
+    "(?:q|k)_proj",
+    "^model.layers.0.mlp.down_proj",
+    "layers.[01].*q_proj",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_mean_what_they_mean_to_peft(sound: Path, tmp_path: Path, pattern: str) -> None:
+    settings = Adapter(edited(sound, tmp_path / "a", alpha_pattern={pattern: 40})).settings
+    modules = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "self_attn.v_proj")]
+    modules.append("model.layers.0.mlp.down_proj")
+    scales = {module: get_pattern_key([pattern], module) == pattern for module in modules}
+    assert {module: settings.scale(module) == 10.0 for module in modules} == scales
+    assert True in scales.values()
 
 
 def test_only_the_current_block_is_merged_and_held(tiny_qwen2: Path, sound: Path) -> None:

@@ -53,7 +53,21 @@ FAULTS: dict[str, tuple[Change, dict[str, Any], str]] = {
     "rank that is text": (dict, {"r": "4"}, "a rank must be"),
     "rank zero": (dict, {"r": 0}, "a rank must be"),
     "alpha not finite": (dict, {"lora_alpha": math.inf}, "an alpha must be"),
+    "alpha larger than any float": (dict, {"lora_alpha": 10**400}, "an alpha must be"),
+    "rank larger than any float": (dict, {"r": 10**400}, "a rank must be"),
+    "scale by a word": (dict, {"use_rslora": "no"}, "use_rslora must be true or false, got 'no'"),
+    "dora by a number": (dict, {"use_dora": 0}, "use_dora must be true or false, got 0"),
     "pattern that is none": (dict, {"rank_pattern": {"(": 2}}, "no LoRA configuration"),
+    "repeat in a repeat": (dict, {"rank_pattern": {"([a-z_.0-9]+)+!": 4}}, "a pattern must be.*one by one"),
+    "choice after choice": (dict, {"alpha_pattern": {"(a|a)" * 30: 4}}, "a pattern must be"),
+    "many that may be absent": (dict, {"alpha_pattern": {"a?" * 30: 4}}, "a pattern must be"),
+    "three wildcards": (dict, {"alpha_pattern": {".*.*.*x": 4}}, "a pattern must be"),
+    "endless pattern": (dict, {"alpha_pattern": {"x" * 300: 4}}, "a pattern must be"),
+    "endless name for a pattern": (
+        lambda tensors: tensors.update({n.replace("layers", "layers" * 60): tensors[n].clone() for n in (A, B)}),
+        {"alpha_pattern": {"x": 4}},
+        "at most 256",
+    ),
     "pattern that is a list": (dict, {"alpha_pattern": [2]}, "no LoRA configuration"),
     "bias of no kind": (dict, {"bias": "some"}, "bias must be one of"),
     "modules that are text": (dict, {"modules_to_save": "lm_head"}, "list of names"),
@@ -89,8 +103,24 @@ FAULTS: dict[str, tuple[Change, dict[str, Any], str]] = {
         "use_dora is false",
     ),
     "trained whole, not there": (dict, {"modules_to_save": ["lm_head", "norm"]}, r"trained model\.norm\.weight"),
+    "none of its targets is there": (dict, {"target_modules": ["c_attn", "w1"]}, "has none of c_attn, w1"),
+    "narrowed targets, none there": (
+        dict,
+        {"target_modules": ["c_attn"], "layers_to_transform": [1]},
+        "has none of c_attn",
+    ),
     "biases not there": (dict, {"bias": "all"}, r"trained .*\.bias"),
     "whole, another shape": (put(EMBED, torch.ones(VOCAB, 32)), {}, "must have shape"),
+    "no rows": (
+        lambda tensors: tensors.update({EMBED: torch.ones(0, 64), HEAD: torch.ones(0, 64)}),
+        {},
+        "one row per token.* has 0",
+    ),
+    "fewer rows than ids": (
+        lambda tensors: tensors.update({EMBED: torch.ones(VOCAB - 1, 64), HEAD: torch.ones(VOCAB - 1, 64)}),
+        {},
+        f"has {VOCAB - 1} rows and the tokenizer ids up to {VOCAB - 1}",
+    ),
     "head longer than embedding": (put(HEAD, torch.ones(VOCAB + 8, 64)), {}, "one row per token.*328"),
     "nothing": (lambda tensors: {"base_model.model.lm_head.original_module.weight": tensors[HEAD]}, {}, "change some"),
 }
@@ -139,6 +169,14 @@ def test_files_that_are_missing_or_damaged_are_refused(
     if content is not None:
         (tmp_path / "a" / name).write_bytes(content)
     with pytest.raises(BadModelError, match=words):
+        Adapter(tmp_path / "a")
+
+
+def test_an_adapter_whose_file_ends_early_is_refused(sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound, tmp_path / "a")
+    whole = (sound / WEIGHTS_NAME).read_bytes()
+    (tmp_path / "a" / WEIGHTS_NAME).write_bytes(whole[:-4])
+    with pytest.raises(BadModelError, match="truncated or damaged"):
         Adapter(tmp_path / "a")
 
 

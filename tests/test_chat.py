@@ -1,4 +1,8 @@
-"""``qquant chat``: what is typed, shown and remembered, on tiny random models, through a pipe and on a terminal."""
+"""``qquant chat`` on tiny random models, through a pipe and on a terminal.
+
+How commands and settings are read, and what may be shown, is in test_chat_terminal.py; prompts
+by a chat template are in test_conversation.py.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,14 @@ from typer.testing import CliRunner
 
 from qquant.calibrate import samples_from_ids
 from qquant.chat import converse, open_conversation
-from qquant.chat_terminal import SETTINGS, parse_command, parse_seed, parse_settings, printable
 from qquant.cli import app
 from qquant.config import QuantizeConfig
-from qquant.conversation import Conversation, choose_style
+from qquant.console import printable
+from qquant.conversation import Conversation, Style, choose_style
 from qquant.errors import BadModelError, DoesNotFitError, NumericError, UsageError
 from qquant.gptq import quantize_checkpoint
-from qquant.models.qwen.chat import make_context
 from qquant.models.qwen.configuration import QWenConfig
+from qquant.models.qwen.context import make_context
 from qquant.models.qwen.modeling import QWenLMHeadModel
 from qquant.models.qwen.tokenization import SMALL_VOCABULARY, QWenTokenizer
 
@@ -59,92 +63,9 @@ def conversation(qwen_v1: Path) -> Conversation:
     return open_conversation(qwen_v1, device="cpu")
 
 
-def run(folder: Path, lines: str, *options: str) -> tuple[int, str, str]:
+def run(folder: Path, lines: str | bytes, *options: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["chat", str(folder), "--device", "cpu", *options], input=lines)
     return result.exit_code, result.stdout, result.stderr
-
-
-# ---- what is typed and shown
-
-
-def test_only_a_colon_in_front_makes_a_command() -> None:
-    assert parse_command(":conf top_p=1  ") == ("conf", "top_p=1")
-    assert parse_command(" :conf") is None
-    assert parse_command("is this: a command") is None
-
-
-def test_an_unknown_command_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="did you mean :history"):
-        parse_command(":histroy")
-
-
-SETTINGS_TYPED: dict[str, tuple[str, dict[str, Any]]] = {
-    "several": ("top_p=0.5 do_sample=false", {"top_p": 0.5, "do_sample": False}),
-    "a whole number": ("top_k=20", {"top_k": 20}),
-    "a number with an exponent": ("temperature=1e-2", {"temperature": 0.01}),
-    "a whole number for a number": ("temperature=1", {"temperature": 1.0}),
-    "undone": ("top_p=none", {"top_p": None}),
-    "nothing": ("", {}),
-}
-
-
-@pytest.mark.parametrize(("typed", "values"), list(SETTINGS_TYPED.values()), ids=list(SETTINGS_TYPED))
-def test_settings_are_read_by_their_kind(typed: str, values: dict[str, Any]) -> None:
-    read = parse_settings(typed)
-    assert read == values
-    assert [type(value) for value in read.values()] == [type(value) for value in values.values()]
-
-
-SETTINGS_REFUSED: dict[str, tuple[str, str]] = {
-    "code": ("top_p=__import__('os')", "a number above 0 to 1"),
-    "an expression": ("top_k=1+1", "a whole number from 0"),
-    "underscores": ("top_k=1_000", "a whole number"),
-    "other digits": ("top_k=١", "a whole number"),
-    "not finite": ("temperature=inf", "a number from 0.01"),
-    "too large to be finite": ("temperature=1e999", "a number from 0.01"),
-    "out of bounds": ("top_p=1.5", "above 0 to 1"),
-    "the lower bound itself": ("top_p=0", "above 0"),
-    "what logits cannot be divided by": ("temperature=0", "from 0.01"),
-    "a number for a truth": ("do_sample=1", "true or false"),
-    "Python's spelling": ("do_sample=True", "true or false"),
-    "a near name": ("top_pp=1", "did you mean top_p"),
-    "an attribute that is no setting": ("__class__=1", "no setting '__class__'"),
-    "no value": ("top_p", "NAME=VALUE"),
-    "one bad among good": ("top_k=5 top_p=2", "top_p must be"),
-}
-
-
-@pytest.mark.parametrize(("typed", "message"), list(SETTINGS_REFUSED.values()), ids=list(SETTINGS_REFUSED))
-def test_a_setting_that_is_none_is_refused(typed: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        parse_settings(typed)
-
-
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "max_window_size"])
-def test_every_setting_is_one_of_transformers(name: str) -> None:
-    assert hasattr(GenerationConfig(), name)
-
-
-@pytest.mark.parametrize("typed", ["-1", "1.5", "9223372036854775808", "x", "²"])
-def test_a_seed_that_is_none_is_refused(typed: str) -> None:
-    with pytest.raises(UsageError, match="a seed is a whole number"):
-        parse_seed(typed)
-
-
-SHOWN: dict[str, tuple[str, str]] = {
-    "a colour": ("\x1b[31mred", "\\x1b[31mred"),
-    "a title": ("\x1b]0;x\x07", "\\x1b]0;x\\x07"),
-    "one-byte escape": ("\x9b2J", "\\x9b2J"),
-    "back to the start": ("safe\rgone\x08", "safe\\x0dgone\\x08"),
-    "turned around": ("\u202etxt", "\\u202etxt"),
-    "half a pair": ("\ud83d", "\\ud83d"),
-    "text": ("a\n\tb 你好 👩\u200d💻 é", "a\n\tb 你好 👩\u200d💻 é"),
-}
-
-
-@pytest.mark.parametrize(("text", "shown"), list(SHOWN.values()), ids=list(SHOWN))
-def test_nothing_a_terminal_would_obey_is_shown_raw(text: str, shown: str) -> None:
-    assert printable(text) == shown
 
 
 # ---- through a pipe
@@ -214,6 +135,38 @@ def test_a_line_in_a_pipe_that_cannot_be_followed_ends_it(qwen_v1: Path, lines: 
     assert out == ""
 
 
+@pytest.mark.parametrize("family", ["qwen_v1", "tiny_qwen2"])
+def test_bytes_in_a_pipe_that_are_no_text_end_it(family: str, request: pytest.FixtureRequest) -> None:
+    code, out, err = run(request.getfixturevalue(family), b"caf\xe9\nhello\n", "--max-new-tokens", "2")
+    assert code == 2
+    assert err.startswith("error: a query must be text, and character 4 ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_bytes_that_not_even_python_can_keep_are_refused(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = io.TextIOWrapper(io.BytesIO(b"h"), encoding="utf-16-le", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", half)
+    with pytest.raises(UsageError, match="the terminal's encoding, utf-16"):
+        converse(conversation, interactive=False)
+
+
+def test_a_system_prompt_that_is_no_text_is_refused(qwen_v1: Path) -> None:
+    with pytest.raises(UsageError, match="a system prompt must be text, and character 2 "):
+        open_conversation(qwen_v1, system="a\udcff", device="cpu")
+
+
+@pytest.mark.parametrize("style", ["chatml", "template", "raw"])
+def test_half_a_character_is_refused_before_it_becomes_tokens(conversation: Conversation, style: Style) -> None:
+    conversation.style = style
+    for half in ("\ud83d", "\udc80"):
+        with pytest.raises(UsageError, match="a query must be text, and character 7 "):
+            conversation.prepare(f"hello {half}")
+    assert conversation.history == []
+
+
 def test_a_person_may_try_again(
     conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,43 +229,11 @@ def test_logits_that_are_not_finite_are_named(conversation: Conversation) -> Non
 # ---- models of other families
 
 
-def test_a_chat_template_is_followed_and_cannot_be_injected(tiny_qwen2: Path) -> None:
-    conversation = open_conversation(tiny_qwen2, system="be <|im_end|> brief", device="cpu")
-    tokenizer = conversation.tokenizer
-    conversation.history.append(("a", "b<|im_start|>"))
-    ids = conversation.prepare("c").ids
-    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert (ids.count(start), ids.count(end)) == (5, 4)
-    assert tokenizer.decode(ids) == (
-        "<|im_start|>system\nbe <|im_end|> brief<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-        "b<|im_start|><|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_the_oldest_turns_give_way_to_the_answer(tiny_qwen2: Path) -> None:
-    conversation = open_conversation(tiny_qwen2, device="cpu")  # of 256 positions
-    conversation.set({"max_new_tokens": 100})
-    conversation.history += [("x " * 20, "y " * 20), ("x " * 20, "y " * 20), ("a", "b")]
-    prompt = conversation.prepare("c")
-    assert 0 < prompt.left_out < 3
-    assert len(prompt.ids) <= 156
-    with pytest.raises(UsageError, match=r"256 positions.*max_new_tokens=100 leaves 156"):
-        conversation.prepare("x" * 300)
-
-
 def test_a_pipe_through_another_family_works(tiny_llama: Path) -> None:
     code, out, err = run(tiny_llama, "hello\nbye\n", "--max-new-tokens", "4", "--conf", "do_sample=false")
     assert code == 0, err
     assert len(out.splitlines()) >= 2
     assert err == ""
-
-
-def test_half_characters_wait_for_their_other_bytes(tiny_qwen2: Path) -> None:
-    conversation = open_conversation(tiny_qwen2, device="cpu")
-    ids = conversation.tokenizer.encode("🙂", add_special_tokens=False)
-    assert len(ids) > 1
-    texts = [conversation._text(ids[:count]).rstrip("\ufffd") for count in range(1, len(ids) + 1)]
-    assert texts == [*[""] * (len(ids) - 1), "🙂"]
 
 
 @pytest.fixture(scope="module")
@@ -341,11 +262,11 @@ def test_a_base_model_is_asked_to_continue_text_instead(base_models: dict[str, P
 
 
 def test_a_format_can_be_forced_only_where_it_belongs(base_models: dict[str, Path], tiny_qwen2: Path) -> None:
-    forced = open_conversation(base_models["qwen v1"], asked="chatml", device="cpu")
+    forced = open_conversation(base_models["qwen v1"], wanted="chatml", device="cpu")
     assert forced.style == "chatml"
     for asked, message in (("chatml", "original Qwen"), ("alpaca", "must be one of")):
         with pytest.raises(UsageError, match=message):
-            open_conversation(tiny_qwen2, asked=asked, device="cpu")
+            open_conversation(tiny_qwen2, wanted=asked, device="cpu")
     with pytest.raises(UsageError, match="no system prompt"):
         Conversation(forced.model, forced.tokenizer, choose_style(forced.model, forced.tokenizer, "raw"), "be brief")
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qquant
+from qquant.checkpoint import sha256
 from qquant.compat.auto_gptq import AutoGPTQForCausalLM, BaseGPTQForCausalLM
 from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError, NumericError, UsageError
@@ -27,7 +28,15 @@ from qquant.inspect import examine as inspect_folder
 from qquant.linear import QuantLinear
 from qquant.shards import ShardWriter
 from qquant.sources import load_tokenizer
-from tests.compat import assert_same_tensors, examples, load, samples, tensors
+from tests.compat import (
+    assert_same_tensors,
+    examples,
+    its_checkpoint,  # noqa: F401 - the fixture saved
+    load,
+    quantized_model,  # noqa: F401 - the fixture quantized
+    samples,
+    tensors,
+)
 from tests.conftest import CORPUS, Factory
 from tests.make_qwen_v1 import make_qwen_v1
 
@@ -99,22 +108,6 @@ QWEN1_NAMES = {"IM_START": "tokenizer.im_start_id", "IM_END": "tokenizer.im_end_
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_qwen2: Path) -> BaseGPTQForCausalLM:
-    """A quantized model that tests may use and save, and do not change."""
-    model = load(tiny_qwen2)
-    model.quantize(examples())
-    return model
-
-
-@pytest.fixture(scope="module")
-def saved(quantized: BaseGPTQForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its checkpoint. Never write to it."""
-    out = tmp_path_factory.mktemp("saved") / "int4"
-    quantized.save_quantized(out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("chats") / "data.json"
     turns = [{"from": "user", "value": CORPUS[0]}, {"from": "assistant", "value": CORPUS[2]}]
@@ -150,6 +143,7 @@ def with_remote_code(folder: Path, to: Path, classes: dict[str, str]) -> Path:
     return to
 
 
+@pytest.mark.slow  # starts an interpreter and imports torch
 def test_the_published_script_runs_after_one_changed_import(tiny_qwen2: Path, chats: Path, tmp_path: Path) -> None:
     out = tmp_path / "int4"
     logged = run_script(QWEN2_NAMES, tiny_qwen2, chats, out, tmp_path)
@@ -168,6 +162,7 @@ def test_the_published_script_runs_after_one_changed_import(tiny_qwen2: Path, ch
     assert torch.equal(theirs(ids).logits, qquant.load_quantized(tmp_path / "ours")(ids).logits)
 
 
+@pytest.mark.slow  # starts an interpreter and imports torch
 def test_the_published_script_runs_on_an_original_qwen(chats: Path, tmp_path: Path) -> None:
     """The folder names code of 2023, which raises if anything runs it; the script trusts it, and none is run."""
     model = make_qwen_v1(tmp_path / "model")
@@ -202,6 +197,12 @@ def test_the_checkpoint_is_that_of_quantize_checkpoint(tiny_qwen2: Path, saved: 
     for file in (tmp_path / "disk").iterdir():
         if file.name != "manifest.json":  # which names fewer files here: scripts save their tokenizer afterwards
             assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_manifest_vouches_for_what_no_script_saves_again(saved: Path) -> None:
+    files = json.loads((saved / "manifest.json").read_text())["files"]
+    assert list(files) == ["config.json", "model.safetensors", "quant_log.json", "quantize_config.json"]
+    assert all(sha256(saved / name) == digest for name, digest in files.items())
 
 
 def test_the_checkpoint_is_that_of_quantize_model(tiny_qwen2: Path, saved: Path, tmp_path: Path) -> None:
@@ -348,6 +349,37 @@ def test_a_tokenizer_that_the_script_saved_first_stays(
     assert (out / "notes.txt").read_text() == "mine"
     assert_same_tensors(out, saved)
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("kind", ["link", "link inside", "pipe"])
+def test_what_is_no_file_of_its_own_is_never_carried_over(
+    quantized: BaseGPTQForCausalLM, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "q"
+    out.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (out / "mine").write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(out / "odd")
+    else:
+        (out / "odd").symlink_to(tmp_path / "secret" if kind == "link" else out / "mine")
+    with pytest.raises(UsageError, match=r"odd is a link or no file.*save elsewhere"):
+        quantized.save_quantized(out)
+    assert {path.name for path in out.iterdir()} == {"mine", "odd"}
+    assert {path.name for path in tmp_path.iterdir()} == {"q", "secret"}
+
+
+def test_a_broken_tokenizer_is_not_saved_and_the_model_stays(tiny_qwen2: Path, tmp_path: Path) -> None:
+    original = tmp_path / "original"
+    shutil.copytree(tiny_qwen2, original)
+    (original / "added_tokens.json").write_text("{% broken %}")
+    model = load(original)
+    model.quantize(examples(2))
+    with pytest.raises(BadModelError, match="every file of the tokenizer"):
+        model.save_quantized(tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+    (original / "added_tokens.json").unlink()
+    model.save_quantized(tmp_path / "q")
 
 
 def test_a_loaded_checkpoint_is_saved_as_it_was(saved: Path, tmp_path: Path) -> None:

@@ -16,25 +16,15 @@ from transformers import AutoTokenizer
 from qquant.compat.auto_gptq import AutoGPTQForCausalLM, BaseGPTQForCausalLM, BaseQuantizeConfig
 from qquant.config import QuantizeConfig
 from qquant.errors import BadDataError, BadModelError, UsageError
-from tests.compat import PLAIN, assert_same_tensors, examples, load
+from tests.compat import (
+    PLAIN,
+    assert_same_tensors,
+    examples,
+    its_checkpoint,  # noqa: F401 - the fixture saved
+    load,
+    quantized_model,  # noqa: F401 - the fixture quantized
+)
 from tests.conftest import CORPUS
-
-
-@pytest.fixture(scope="module")
-def quantized(tiny_qwen2: Path) -> BaseGPTQForCausalLM:
-    """A quantized model that tests may use and save, and do not change."""
-    model = load(tiny_qwen2)
-    model.quantize(examples())
-    return model
-
-
-@pytest.fixture(scope="module")
-def saved(quantized: BaseGPTQForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its checkpoint. Never write to it."""
-    out = tmp_path_factory.mktemp("saved") / "int4"
-    quantized.save_quantized(out)
-    return out
-
 
 # --- examples --------------------------------------------------------------------------------------------------------
 
@@ -88,6 +78,13 @@ BAD_EXAMPLES: dict[str, tuple[Any, str]] = {
     "fractions": ([{"input_ids": [0.5, 1.5]}], "example 0: "),
     "mask_too_short": ([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}], "example 0: "),
     "none": ([], "at least one sample"),
+    "one_id": ([{"input_ids": torch.tensor(3)}], "rows of integers"),
+    "one_flag": ([{"input_ids": [1, 2], "attention_mask": torch.tensor(1)}], "rows of integers"),
+    "no_values": ([{"input_ids": torch.ones(4, dtype=torch.int64, device="meta")}], "dense tensor.*meta"),
+    "sparse": ([{"input_ids": torch.tensor([[1, 2, 3]]).to_sparse()}], "dense tensor.*sparse_coo"),
+    "sparse_mask": ([{"input_ids": [1, 2], "attention_mask": torch.tensor([1, 1]).to_sparse()}], "dense tensor"),
+    "half_flags": ([{"input_ids": [1, 2], "attention_mask": [0.5, 0.5]}], "must hold 0 and 1, got 0.5"),
+    "twos": ([{"input_ids": [1, 2], "attention_mask": [1, 2]}], "must hold 0 and 1, got 2"),
     "all_masked": ([{"input_ids": [1, 2, 3], "attention_mask": [0, 0, 0]}], "masked"),
     "other_vocabulary": ([{"input_ids": [1, 999]}], "vocabulary"),
 }
@@ -250,6 +247,29 @@ def test_a_hub_revision_is_refused_before_anything_is_fetched() -> None:
         AutoGPTQForCausalLM.from_quantized("owner/name", revision="gptq-8bit")
     with pytest.raises(UsageError, match="takes no revision"):
         AutoGPTQForCausalLM.from_pretrained("owner/name", BaseQuantizeConfig(), revision="old")
+
+
+BEFORE_LOADING: dict[str, tuple[tuple[Any, Any], dict[str, Any], str]] = {
+    "no config": (("m", None), {}, "BaseQuantizeConfig, got NoneType"),
+    "a dict": (("m", {"bits": 4}), {}, "BaseQuantizeConfig, got dict"),
+    "no path": ((None, BaseQuantizeConfig()), {}, "folder or a hub id, got NoneType"),
+    "whole numbers": (("m", BaseQuantizeConfig()), {"torch_dtype": torch.int8}, r"torch_dtype must be .*torch\.int8"),
+    "no dtype": (("m", BaseQuantizeConfig()), {"dtype": 5}, "torch_dtype must be .*got 5"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "options", "words"), list(BEFORE_LOADING.values()), ids=list(BEFORE_LOADING))
+def test_arguments_of_another_kind_are_refused_before_the_folder_is_looked_at(
+    arguments: tuple[Any, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        AutoGPTQForCausalLM.from_pretrained(*arguments, **options)
+
+
+def test_from_quantized_refuses_arguments_of_another_kind(saved: Path) -> None:
+    for path, options in ((None, {}), (saved, {"quantize_config": {}}), (saved, {"torch_dtype": torch.int8})):
+        with pytest.raises(UsageError, match="got"):
+            AutoGPTQForCausalLM.from_quantized(path, **options)  # type: ignore[arg-type]
 
 
 def test_pickles_are_refused_when_saving(quantized: BaseGPTQForCausalLM, tmp_path: Path) -> None:

@@ -5,30 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from qquant.errors import BadDataError, BadModelError, UsageError
-from qquant.eval import evaluate_checkpoints, evaluate_command
+from qquant.eval import evaluate_checkpoints
 from qquant.report import EvalReport, report_from_json
 from tests.conftest import Factory
 from tests.make_qwen_v1 import make_qwen_v1
-
-SENTENCE = "The quick brown fox jumps over the lazy dog, and def add(left, right) returns {} while 你好世界.\n"
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "held-out.txt"
-    path.write_text("".join(SENTENCE.format(number) for number in range(12)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -38,23 +27,9 @@ def other(checkpoint: Factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def report(tiny_qwen2: Path, other: Path, text: Path) -> EvalReport:
+def report(tiny_qwen2: Path, other: Path, held_out: Path) -> EvalReport:
     """One evaluation that several tests look at."""
-    return evaluate_checkpoints(tiny_qwen2, [tiny_qwen2, other], text, seq_len=32, max_tokens=101)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """The command in this process; ``sys.argv`` is what a user's would be, because the report quotes it."""
-    app = typer.Typer()
-    app.command()(evaluate_command)
-
-    def invoke(*arguments: Any) -> Result:
-        words = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["/somewhere/qquant/eval.py", *words])
-        return CliRunner().invoke(app, words)
-
-    return invoke
+    return evaluate_checkpoints(tiny_qwen2, [tiny_qwen2, other], held_out, seq_len=32, max_tokens=101)
 
 
 def test_a_model_beside_itself_differs_by_nothing(report: EvalReport) -> None:
@@ -97,11 +72,11 @@ def test_the_stride_is_half_a_window_unless_given(report: EvalReport) -> None:
     assert (report.data.seq_len, report.data.stride, report.data.tokens) == (32, 16, 101)
 
 
-def test_perplexity_is_that_of_the_model_called_by_hand(tiny_qwen2: Path, text: Path) -> None:
+def test_perplexity_is_that_of_the_model_called_by_hand(tiny_qwen2: Path, held_out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], text, seq_len=100, max_tokens=101, speed=False)
-    ids = AutoTokenizer.from_pretrained(tiny_qwen2)(text.read_text(encoding="utf-8"))["input_ids"][:101]
+    found = evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], held_out, seq_len=100, max_tokens=101, speed=False)
+    ids = AutoTokenizer.from_pretrained(tiny_qwen2)(held_out.read_text(encoding="utf-8"))["input_ids"][:101]
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
     with torch.inference_mode():
         logits = model(torch.tensor([ids[:-1]])).logits[0].double()
@@ -111,11 +86,11 @@ def test_perplexity_is_that_of_the_model_called_by_hand(tiny_qwen2: Path, text: 
     assert found.rows[0].speed is None
 
 
-def test_gzipped_text_gives_the_same_numbers(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+def test_gzipped_text_gives_the_same_numbers(tiny_qwen2: Path, held_out: Path, tmp_path: Path) -> None:
     packed = tmp_path / "held-out.txt.gz"
-    packed.write_bytes(gzip.compress(text.read_bytes()))
+    packed.write_bytes(gzip.compress(held_out.read_bytes()))
     options: dict[str, Any] = {"seq_len": 32, "max_tokens": 65, "speed": False}
-    plain, zipped = (evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], path, **options) for path in (text, packed))
+    plain, zipped = (evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], path, **options) for path in (held_out, packed))
     assert [row.accuracy for row in plain.rows] == [row.accuracy for row in zipped.rows]
     assert plain.data.sha256 != zipped.data.sha256
 
@@ -131,23 +106,25 @@ def test_gzipped_text_gives_the_same_numbers(tiny_qwen2: Path, text: Path, tmp_p
     ids=str,
 )
 def test_one_dtype_is_chosen_for_all_rows(
-    checkpoint: Factory, text: Path, stored: torch.dtype, asked: str, computed: str
+    checkpoint: Factory, held_out: Path, stored: torch.dtype, asked: str, computed: str
 ) -> None:
     folder = checkpoint("qwen2", dtype=stored)
     found = evaluate_checkpoints(
-        folder, [folder], text, seq_len=16, max_tokens=20, dtype=asked, speed=False, device="cpu"
+        folder, [folder], held_out, seq_len=16, max_tokens=20, dtype=asked, speed=False, device="cpu"
     )
     assert found.compute_dtype == computed
     assert found.rows[0].checkpoint_dtype == str(stored).removeprefix("torch.")
 
 
-def test_a_quantized_candidate_is_read_by_its_own_keys_and_log(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+def test_a_quantized_candidate_is_read_by_its_own_keys_and_log(
+    tiny_qwen2: Path, held_out: Path, tmp_path: Path
+) -> None:
     from qquant.config import QuantizeConfig
     from qquant.gptq import quantize_checkpoint
 
     out = tmp_path / "int4"
     quantize_checkpoint(tiny_qwen2, None, QuantizeConfig(method="rtn", bits=4, group_size=32), out)
-    row = evaluate_checkpoints(tiny_qwen2, [out], text, seq_len=32, max_tokens=80, speed=False).rows[1]
+    row = evaluate_checkpoints(tiny_qwen2, [out], held_out, seq_len=32, max_tokens=80, speed=False).rows[1]
     assert (row.label, row.method, row.bits, row.group_size) == ("int4", "rtn", 4, 32)
     assert len(row.layer_errors) == 14
     assert row.accuracy is not None
@@ -158,12 +135,12 @@ def test_a_quantized_candidate_is_read_by_its_own_keys_and_log(tiny_qwen2: Path,
     assert row.ratios.weights_bytes < 0.6
 
 
-def test_a_log_that_is_no_log_is_refused(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+def test_a_log_that_is_no_log_is_refused(tiny_qwen2: Path, held_out: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_qwen2, folder)
     (folder / "quant_log.json").write_text('{"modules": [1]}')
     with pytest.raises(BadModelError, match=r"quant_log\.json"):
-        evaluate_checkpoints(tiny_qwen2, [folder], text, seq_len=16, max_tokens=20, speed=False)
+        evaluate_checkpoints(tiny_qwen2, [folder], held_out, seq_len=16, max_tokens=20, speed=False)
 
 
 @pytest.mark.parametrize(
@@ -194,20 +171,22 @@ def test_a_log_that_is_no_log_is_refused(tiny_qwen2: Path, text: Path, tmp_path:
     ],
 )
 def test_an_option_that_cannot_be_followed_is_refused(
-    tiny_qwen2: Path, text: Path, options: dict[str, Any], error: type[Exception], words: str
+    tiny_qwen2: Path, held_out: Path, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], text, **{"seq_len": 16, "speed": False, **options})
+        evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], held_out, **{"seq_len": 16, "speed": False, **options})
 
 
-def test_an_evaluation_needs_a_candidate(tiny_qwen2: Path, text: Path) -> None:
+def test_an_evaluation_needs_a_candidate(tiny_qwen2: Path, held_out: Path) -> None:
     with pytest.raises(UsageError, match="candidate"):
-        evaluate_checkpoints(tiny_qwen2, [], text)
+        evaluate_checkpoints(tiny_qwen2, [], held_out)
 
 
-def test_a_missing_folder_is_one_clear_error_and_no_look_at_a_hub(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+def test_a_missing_folder_is_one_clear_error_and_no_look_at_a_hub(
+    tiny_qwen2: Path, held_out: Path, tmp_path: Path
+) -> None:
     with pytest.raises(BadModelError, match="neither"):
-        evaluate_checkpoints(tiny_qwen2, [tmp_path / "not-there"], text)
+        evaluate_checkpoints(tiny_qwen2, [tmp_path / "not-there"], held_out)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00broken", b"too short"], ids=["no_utf8", "short"])
@@ -219,14 +198,14 @@ def test_text_that_cannot_be_used_is_refused(tiny_qwen2: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("cut", [20, 60], ids=["header", "body"])
-def test_a_gzip_file_that_ends_early_is_refused(tiny_qwen2: Path, text: Path, tmp_path: Path, cut: int) -> None:
+def test_a_gzip_file_that_ends_early_is_refused(tiny_qwen2: Path, held_out: Path, tmp_path: Path, cut: int) -> None:
     path = tmp_path / "bad.txt.gz"
-    path.write_bytes(gzip.compress(text.read_bytes())[:cut])
+    path.write_bytes(gzip.compress(held_out.read_bytes())[:cut])
     with pytest.raises(BadDataError):
         evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], path, seq_len=32)
 
 
-def test_a_missing_tensor_is_refused_and_not_made_up(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_refused_and_not_made_up(tiny_qwen2: Path, held_out: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
@@ -235,23 +214,23 @@ def test_a_missing_tensor_is_refused_and_not_made_up(tiny_qwen2: Path, text: Pat
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is missing"):
-        evaluate_checkpoints(tiny_qwen2, [folder], text, seq_len=16, max_tokens=20, speed=False)
+        evaluate_checkpoints(tiny_qwen2, [folder], held_out, seq_len=16, max_tokens=20, speed=False)
 
 
-def test_a_candidate_with_another_vocabulary_is_refused(tiny_qwen2: Path, checkpoint: Factory, text: Path) -> None:
+def test_a_candidate_with_another_vocabulary_is_refused(tiny_qwen2: Path, checkpoint: Factory, held_out: Path) -> None:
     wide = checkpoint("qwen2", vocab_size=400)
     with pytest.raises(BadModelError, match="vocabulary"):
-        evaluate_checkpoints(tiny_qwen2, [wide], text, seq_len=16, max_tokens=40, speed=False)
+        evaluate_checkpoints(tiny_qwen2, [wide], held_out, seq_len=16, max_tokens=40, speed=False)
 
 
 def test_the_kv_cache_of_a_model_alone_is_evaluated_on_its_own_text(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     folder, out = tmp_path / "model", tmp_path / "report"
     shutil.copytree(tiny_qwen2, folder)
-    shutil.copy(text, folder / "eval.txt")
+    shutil.copy(held_out, folder / "eval.txt")
     words = ["--baseline", folder, "--kv-cache", "int8", "--out", out, "--seq-len", 80, "--max-tokens", 200]
-    result = run(*words, "--kv-tokens", 80, "--seed", 5, "--no-speed")
+    result = run_eval(*words, "--kv-tokens", 80, "--seed", 5, "--no-speed")
     assert result.exit_code == 0, result.stderr
     report = report_from_json((out / "report.json").read_bytes())
     assert [row.label for row in report.rows] == ["model"]
@@ -264,10 +243,10 @@ def test_the_kv_cache_of_a_model_alone_is_evaluated_on_its_own_text(
     assert str(tmp_path) not in markdown + (out / "report.json").read_text()
 
 
-def test_the_kv_cache_of_every_candidate_is_measured(tiny_qwen2: Path, other: Path, text: Path) -> None:
+def test_the_kv_cache_of_every_candidate_is_measured(tiny_qwen2: Path, other: Path, held_out: Path) -> None:
     options: dict[str, Any] = {"seq_len": 32, "max_tokens": 65, "speed": False}
-    plain = evaluate_checkpoints(tiny_qwen2, [other], text, **options)
-    found = evaluate_checkpoints(tiny_qwen2, [other], text, kv_cache="int8", **options)
+    plain = evaluate_checkpoints(tiny_qwen2, [other], held_out, **options)
+    found = evaluate_checkpoints(tiny_qwen2, [other], held_out, kv_cache="int8", **options)
     assert found.kv_cache is not None
     assert [model.label for model in found.kv_cache.models] == [row.label for row in found.rows]
     assert [row.accuracy for row in found.rows] == [row.accuracy for row in plain.rows]
@@ -275,33 +254,33 @@ def test_the_kv_cache_of_every_candidate_is_measured(tiny_qwen2: Path, other: Pa
 
 
 def test_a_folder_that_asks_for_the_cache_is_measured_without_it_first(
-    tiny_qwen2: Path, text: Path, tmp_path: Path
+    tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_qwen2, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "use_cache_quantization": True}))
     options: dict[str, Any] = {"seq_len": 32, "max_tokens": 65, "speed": False, "kv_cache": "int8"}
-    found = evaluate_checkpoints(tiny_qwen2, [folder], text, **options).kv_cache
+    found = evaluate_checkpoints(tiny_qwen2, [folder], held_out, **options).kv_cache
     assert found is not None
     first, second = found.models
     assert first.schemes == second.schemes
 
 
 def test_a_class_that_switches_the_cache_on_by_itself_is_switched_off(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_qwen_v1(tmp_path / "model", use_cache_quantization=True)
     seen: list[Any] = []
     monkeypatch.setattr("qquant.kv_accuracy.measure_kv_cache", lambda models, *_, **__: seen.extend(models.values()))
     options: dict[str, Any] = {"seq_len": 16, "max_tokens": 20, "speed": False, "kv_cache": "int8"}
-    evaluate_checkpoints(folder, [], text, **options)
+    evaluate_checkpoints(folder, [], held_out, **options)
     assert len(seen) == 1
     assert "_prepare_cache_for_generation" not in vars(seen[0])
 
 
 def test_a_model_whose_layers_cannot_be_cached_is_refused_before_it_is_loaded(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -309,8 +288,8 @@ def test_a_model_whose_layers_cannot_be_cached_is_refused_before_it_is_loaded(
     (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention", "hybrid"]}))
     for file in tiny_qwen2.glob("token*"):
         shutil.copy(file, folder)
-    words = ["--baseline", folder, "--kv-cache", "int8", "--data", text, "--out", tmp_path / "r", "--seq-len", 32]
-    result = run(*words)
+    words = ["--baseline", folder, "--kv-cache", "int8", "--data", held_out, "--out", tmp_path / "r", "--seq-len", 32]
+    result = run_eval(*words)
     assert result.exit_code == 4
     assert "'hybrid'" in next(line for line in result.stderr.splitlines() if line.startswith("error: "))
 
@@ -324,27 +303,27 @@ def test_a_model_whose_layers_cannot_be_cached_is_refused_before_it_is_loaded(
     ids=["unknown", "nothing_to_do"],
 )
 def test_a_kv_option_that_cannot_be_followed_is_one_line(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path, words: list[str], said: str
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path, words: list[str], said: str
 ) -> None:
-    result = run("--baseline", tiny_qwen2, "--data", text, "--out", tmp_path / "r", *words)
+    result = run_eval("--baseline", tiny_qwen2, "--data", held_out, "--out", tmp_path / "r", *words)
     assert result.exit_code == 2
     assert said in next(line for line in result.stderr.splitlines() if line.startswith("error: "))
 
 
 def test_a_model_without_a_text_of_its_own_needs_one(
-    run: Callable[..., Result], tiny_qwen2: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, tmp_path: Path
 ) -> None:
-    result = run("--baseline", tiny_qwen2, "--kv-cache", "int8", "--out", tmp_path / "r")
+    result = run_eval("--baseline", tiny_qwen2, "--kv-cache", "int8", "--out", tmp_path / "r")
     assert result.exit_code == 2
     assert "give --data" in result.stderr
 
 
 def test_the_command_writes_a_report_and_prints_only_its_path(
-    run: Callable[..., Result], tiny_qwen2: Path, other: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, other: Path, held_out: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "reports" / "first"
-    options = ["--data", text, "--out", out, "--seq-len", 16, "--max-tokens", 40, "--seed", 3, "--no-speed"]
-    result = run("--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--candidate", other, *options)
+    options = ["--data", held_out, "--out", out, "--seq-len", 16, "--max-tokens", 40, "--seed", 3, "--no-speed"]
+    result = run_eval("--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--candidate", other, *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{out / 'report.md'}\n"
     report = report_from_json((out / "report.json").read_bytes())
@@ -355,42 +334,52 @@ def test_the_command_writes_a_report_and_prints_only_its_path(
 
 
 def test_nothing_local_is_in_a_written_report(
-    run: Callable[..., Result], tiny_qwen2: Path, other: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, other: Path, held_out: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = ["--baseline", tiny_qwen2, f"--candidate={other}", "--data", text, "--out", out, "--no-speed"]
-    assert run(*words, "--seq-len", 16, "--max-tokens", 40).exit_code == 0
+    words = ["--baseline", tiny_qwen2, f"--candidate={other}", "--data", held_out, "--out", out, "--no-speed"]
+    assert run_eval(*words, "--seq-len", 16, "--max-tokens", 40).exit_code == 0
     for path in out.iterdir():
         content = path.read_bytes()
-        for local in (tmp_path, tiny_qwen2.parent, text.parent, Path.home()):
+        for local in (tmp_path, tiny_qwen2.parent, held_out.parent, Path.home()):
             assert str(local).encode() not in content, path.name
         assert b"quick brown fox" not in content
 
 
 def test_an_existing_report_is_replaced_only_if_asked_for(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "report.json").write_text("{}")
-    options = ["--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--data", text, "--out", out, "--no-speed"]
+    options = ["--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--data", held_out, "--out", out, "--no-speed"]
     options += ["--seq-len", 16, "--max-tokens", 40]
-    refused = run(*options)
+    refused = run_eval(*options)
     assert refused.exit_code == 2
     assert refused.stderr.startswith("error: the output must not exist yet")
     assert len(refused.stderr.splitlines()) == 1
     assert (out / "report.json").read_text() == "{}"
-    assert run(*options, "--overwrite").exit_code == 0
+    assert run_eval(*options, "--overwrite").exit_code == 0
     assert len(json.loads((out / "report.json").read_text())["rows"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwrite_never_replaces_a_folder_that_is_no_report(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    options = ["--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--data", text, "--out", tmp_path, "--overwrite"]
-    result = run(*options)
+    options = [
+        "--baseline",
+        tiny_qwen2,
+        "--candidate",
+        tiny_qwen2,
+        "--data",
+        held_out,
+        "--out",
+        tmp_path,
+        "--overwrite",
+    ]
+    result = run_eval(*options)
     assert result.exit_code == 2
     assert "is not one" in result.stderr
     assert (tmp_path / "precious.txt").read_text() == "mine"
@@ -402,10 +391,10 @@ def test_overwrite_never_replaces_a_folder_that_is_no_report(
     ids=["model", "data", "usage"],
 )
 def test_an_error_is_one_line_with_its_exit_code_and_leaves_nothing(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path, change: dict[str, str], code: int
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path, change: dict[str, str], code: int
 ) -> None:
-    options = {"--baseline": tiny_qwen2, "--candidate": tiny_qwen2, "--data": text, "--out": tmp_path / "r"}
-    result = run(*[word for pair in {**options, "--seq-len": 16, **change}.items() for word in pair])
+    options = {"--baseline": tiny_qwen2, "--candidate": tiny_qwen2, "--data": held_out, "--out": tmp_path / "r"}
+    result = run_eval(*[word for pair in {**options, "--seq-len": 16, **change}.items() for word in pair])
     assert result.exit_code == code
     assert [line for line in result.stderr.splitlines() if line.strip()][-1].startswith("error: ")
     assert "Traceback" not in result.stderr
@@ -414,16 +403,16 @@ def test_an_error_is_one_line_with_its_exit_code_and_leaves_nothing(
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(
-    run: Callable[..., Result], tiny_qwen2: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, tmp_path: Path
 ) -> None:
     options = ["--candidate", "/not/there", "--data", "x", "--out", tmp_path / "r", "--debug"]
-    result = run("--baseline", tiny_qwen2, *options)
+    result = run_eval("--baseline", tiny_qwen2, *options)
     assert result.exit_code == 4
     assert "Traceback" in result.stderr
 
 
 def test_damaged_numbers_end_with_the_numeric_exit_code(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -433,8 +422,8 @@ def test_damaged_numbers_end_with_the_numeric_exit_code(
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "r"
-    options = ["--data", text, "--out", out, "--seq-len", 16, "--max-tokens", 40, "--no-speed"]
-    result = run("--baseline", tiny_qwen2, "--candidate", folder, *options)
+    options = ["--data", held_out, "--out", out, "--seq-len", 16, "--max-tokens", 40, "--no-speed"]
+    result = run_eval("--baseline", tiny_qwen2, "--candidate", folder, *options)
     assert result.exit_code == 6
     assert "model returned a logit that is not finite" in result.stderr
     assert not out.exists()

@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from qquant.errors import UsageError
-from qquant.eval import evaluate_command, evaluate_long_context
+from qquant.eval import evaluate_long_context
 from qquant.report import report_from_json
 from tests.make_qwen_v1 import make_qwen_v1
 
-SENTENCE = "The quick brown fox jumps over the lazy dog, and def add(left, right) returns {} while 你好世界.\n"
 
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """The command in this process; ``sys.argv`` is what a user's would be, because the report quotes it."""
-    app = typer.Typer()
-    app.command()(evaluate_command)
-
-    def invoke(*arguments: Any) -> Result:
-        words = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["/somewhere/qquant/eval.py", *words])
-        return CliRunner().invoke(app, words)
-
-    return invoke
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "held-out.txt"
-    path.write_text("".join(SENTENCE.format(number) for number in range(12)), encoding="utf-8")
-    return path
-
-
-def test_the_door_measures_a_v1_folder_on_its_own_text(run: Callable[..., Result], text: Path, tmp_path: Path) -> None:
+def test_the_door_measures_a_v1_folder_on_its_own_text(
+    run_eval: Callable[..., Result], held_out: Path, tmp_path: Path
+) -> None:
     model, out = make_qwen_v1(tmp_path / "model"), tmp_path / "report"
-    shutil.copy(text, model / "eval.txt")
+    shutil.copy(held_out, model / "eval.txt")
     words = ["--measure", "long-context", "--baseline", model, "--lengths", "32,8,16", "--out", out]
-    result = run(*words, "--max-tokens", 100)
+    result = run_eval(*words, "--max-tokens", 100)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{out / 'report.md'}\n"
     report = report_from_json((out / "report.json").read_bytes())
@@ -65,15 +41,15 @@ def test_the_door_measures_a_v1_folder_on_its_own_text(run: Callable[..., Result
 
 
 def test_the_door_compares_a_quantized_candidate_of_another_family(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     from qquant.config import QuantizeConfig
     from qquant.gptq import quantize_checkpoint
 
     quantized, out = tmp_path / "int4", tmp_path / "report"
     quantize_checkpoint(tiny_qwen2, None, QuantizeConfig(method="rtn", bits=4, group_size=32), quantized)
-    words = ["--measure", "long-context", "--baseline", tiny_qwen2, "--candidate", quantized, "--data", text]
-    result = run(*words, "--lengths", "32,64", "--max-tokens", 200, "--out", out)
+    words = ["--measure", "long-context", "--baseline", tiny_qwen2, "--candidate", quantized, "--data", held_out]
+    result = run_eval(*words, "--lengths", "32,64", "--max-tokens", 200, "--out", out)
     assert result.exit_code == 0, result.stderr
     report = report_from_json((out / "report.json").read_bytes())
     assert report.long_context is not None
@@ -100,14 +76,14 @@ def test_the_door_compares_a_quantized_candidate_of_another_family(
     ],
 )
 def test_the_door_refuses_in_one_line_and_leaves_nothing(
-    run: Callable[..., Result], tiny_qwen2: Path, text: Path, tmp_path: Path, words: str, code: int, said: str
+    run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path, words: str, code: int, said: str
 ) -> None:
-    result = run("--baseline", tiny_qwen2, "--data", text, "--out", tmp_path / "r", *words.split())
+    result = run_eval("--baseline", tiny_qwen2, "--data", held_out, "--out", tmp_path / "r", *words.split())
     assert result.exit_code == code, result.stderr
     assert said in next(line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_counts_below_one_are_refused(tiny_qwen2: Path, text: Path) -> None:
+def test_counts_below_one_are_refused(tiny_qwen2: Path, held_out: Path) -> None:
     with pytest.raises(UsageError, match="max_tokens and threads"):
-        evaluate_long_context(tiny_qwen2, [], text, lengths=(8,), max_tokens=0)
+        evaluate_long_context(tiny_qwen2, [], held_out, lengths=(8,), max_tokens=0)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import qquant
 from qquant.calibrate import samples_from_ids
+from qquant.checkpoint import load_model
 from qquant.cli import app
 from qquant.config import ModuleRecord, QuantizeConfig
-from qquant.errors import NumericError, UsageError
-from qquant.shards import ShardWriter
+from qquant.errors import BadModelError, NumericError, UsageError
+from qquant.shards import SINGLE_NAME, ShardWriter
 from tests.conftest import CORPUS, VOCAB, Factory
 
 
@@ -111,6 +114,60 @@ def test_clashing_orders_are_refused_by_name() -> None:
 def test_unknown_options_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="gruop_size"):
         QuantizeConfig.from_dict({"gruop_size": 32})
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, object], str]] = {
+    "more blocks than tensors": ({"num_hidden_layers": 10**12}, "asks for 1000000000000 blocks and 27 tensors"),
+    "more blocks than a float": ({"num_hidden_layers": 10**400}, "every block must have tensors"),
+    "dtype that is a number": ({"dtype": 5}, "dtype in .* must name a floating dtype, got 5"),
+    "dtype of whole numbers": ({"torch_dtype": "int8"}, "torch_dtype in .* must name a floating dtype, got 'int8'"),
+    "dtype that is a list": ({"dtype": [1]}, "must name a floating dtype"),
+    "dtype that is something else of torch": ({"dtype": "load"}, "must name a floating dtype"),
+}
+
+
+@pytest.mark.parametrize(("keys", "words"), list(IMPOSSIBLE.values()), ids=list(IMPOSSIBLE))
+def test_a_config_that_no_model_can_follow_is_refused_at_once(
+    tiny_qwen2: Path, tmp_path: Path, keys: dict[str, object], words: str
+) -> None:
+    """Before transformers builds the configuration: even that may take for ever."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_qwen2, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | keys))
+    with pytest.raises(BadModelError, match=words):
+        qquant.quantize_checkpoint(folder, None, QuantizeConfig(method="rtn", group_size=32), tmp_path / "q")
+    with pytest.raises(BadModelError, match=words):
+        load_model(folder, device=torch.device("cpu"))
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_model_without_a_vocabulary_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_qwen2, folder)
+    tensors = load_file(folder / SINGLE_NAME)
+    empty = {name: tensors[name][:0].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(tensors | empty, folder / SINGLE_NAME)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"vocab_size": 0, "pad_token_id": None}))
+    with pytest.raises(BadModelError, match="vocab_size is 0"):
+        qquant.quantize_checkpoint(folder, None, QuantizeConfig(method="rtn", group_size=32), tmp_path / "q")
+
+
+def test_an_adapter_among_a_models_files_is_refused_with_the_remedy(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """With peft installed transformers would load it too, and without it nobody would hear of it."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_qwen2, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    code, _, stderr = run("--model", folder, "--method", "rtn", "--group-size", 32, "--out", tmp_path / "q")
+    assert code == 4
+    assert "adapter_config.json; move the adapter into a folder of its own" in " ".join(stderr.split())
+    assert not (tmp_path / "q").exists()
+    with pytest.raises(BadModelError, match="--adapter"):
+        load_model(folder, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

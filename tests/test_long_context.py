@@ -27,7 +27,7 @@ from qquant.long_context import (
     settings_of,
     token_losses,
 )
-from qquant.long_report import LongContext, LongPoint, SettingName
+from qquant.long_report import LongContext, LongDifference, LongPoint, SettingName
 from qquant.models.qwen.configuration import QWenConfig
 from qquant.models.qwen.modeling import register_qwen
 from tests.conftest import Factory
@@ -124,6 +124,22 @@ def test_switches_change_nothing_up_to_the_trained_length_and_something_beyond(f
     for length in LENGTHS:
         values = {point_of(found, setting, length).whole.nll_mean_nats for setting in FLAGS}
         assert len(values) == (1 if length <= TRAINED else len(FLAGS))
+
+
+@pytest.mark.parametrize("length", [length for length in LENGTHS if length <= TRAINED])
+def test_up_to_the_trained_length_switches_move_no_bit_so_it_is_measured_once(
+    folder: Path, ids: Tensor, length: int
+) -> None:
+    plain = directly(load(folder), ids[:129], length)
+    for ntk, logn in FLAGS.values():
+        assert torch.equal(directly(load(folder, use_dynamic_ntk=ntk, use_logn_attn=logn), ids[:129], length), plain)
+    model, windows = load(folder), []
+    model.register_forward_hook(lambda *_: windows.append(1))
+    found = measure_long_context({"v1": lambda: model}, ids, CPU, lengths=(length, 64))
+    assert len(windows) == 128 // length + len(FLAGS) * 2
+    for row in found.models[0].rows[1:]:
+        assert row.points[0].whole.nll_mean_nats == found.models[0].rows[0].points[0].whole.nll_mean_nats
+        assert row.points[0].whole.to_plain == LongDifference(mean_nats=0, stderr_nats=0)
 
 
 def test_rows_and_lengths_are_those_asked_for(found: LongContext) -> None:

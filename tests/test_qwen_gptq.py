@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import qquant
 from qquant.calibrate import samples_from_ids
@@ -25,6 +23,7 @@ from qquant.models.qwen.modeling import QWenLMHeadModel
 from qquant.shards import SINGLE_NAME
 from qquant.solver import Hessian, solve
 from qquant.sources import StreamedModel
+from tests.conftest import assert_same_but_for_order
 from tests.packed import edit_keys, edit_tensors
 from tests.qwen_folders import (
     GROUP,
@@ -77,19 +76,6 @@ def written(plain: Path, settings: qquant.QuantizeConfig, tmp_path_factory: pyte
     return out
 
 
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``qquant.register()`` for one test."""
-    monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "gptq", AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"])
-    qquant.register()
-
-
-def assert_same_model(model: Any, expected: Tensor) -> None:
-    """Equal but for the order of sums, as in test_hf_plugin: the plain matrix lies transposed in memory."""
-    limit = 64 * torch.finfo(torch.float32).eps * float(expected.max() - expected.min())
-    assert float((logits(model) - expected).abs().max()) <= limit
-
-
 # -- what we write --------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +118,7 @@ def test_a_loaded_checkpoint_is_the_model_that_its_tensors_describe(written: Pat
     model = qquant.load_quantized(written)
     packed = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     assert packed == PACKED
-    assert_same_model(model, logits(with_weights(plain, dense)))
+    assert_same_but_for_order(logits(model), logits(with_weights(plain, dense)))
 
 
 def test_a_model_in_memory_gives_the_same_tensors_and_logits(
@@ -167,9 +153,9 @@ def test_every_stage_sees_the_ones_before_it_quantized(
             layer = model.get_submodule(name)
             wanted = solve(layer.weight.detach(), moment, settings).weight()
             found = unpacked(tensors, name, bits)
-            # The same sums, here even in the same order; rounded otherwise, they may turn a tie over. Inputs that have
-            # not passed the quantized stages before, as with --one-pass, move 3 to 70 % of the weights.
-            assert (found != wanted).float().mean() < 1e-2, name
+            # The same sums in the same order. Inputs that have not passed the quantized stages before, as with
+            # --one-pass, move 3 to 70 % of the weights.
+            assert torch.equal(found, wanted), name
             layer.weight = torch.nn.Parameter(found)
 
 
@@ -224,7 +210,7 @@ def test_an_official_folder_is_the_model_it_describes(
     model = qquant.load_quantized(tmp_path / "m")
     assert isinstance(model, QWenLMHeadModel)
     # torch_dtype float16 is computed in float32 on a CPU, as ever.
-    assert_same_model(model, expected)
+    assert_same_but_for_order(logits(model), expected)
     assert [name for name, module in model.named_modules() if isinstance(module, QuantLinear)] == PACKED
 
 
@@ -235,15 +221,16 @@ def test_the_auto_class_reads_an_official_folder(
     expected = publish(tmp_path / "m", plain, bits, shards=shards)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32, trust_remote_code=False)
     assert isinstance(model, QWenLMHeadModel)
-    assert_same_model(model, expected)
+    assert_same_but_for_order(logits(model), expected)
 
 
 def test_fp16_in_config_json_chooses_the_dtype(plain: Path, tmp_path: Path, registered: None, bits: Bits) -> None:
     expected = publish(tmp_path / "m", plain, bits)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert model.dtype == torch.float16
-    # Eleven bits through two layers of sums; a wrong zero or order of codes is off by the logits themselves.
-    assert (logits(model).float() - expected).square().mean().sqrt() < 0.02 * expected.std()
+    # Some 15 results of each of two blocks and three outside are rounded, by at most 2^-11 of themselves; here as if
+    # each moved the logits by its whole share, and in one direction. A wrong zero is off by the logits themselves.
+    assert (logits(model).float() - expected).square().mean().sqrt() < 33 * 2.0**-11 * expected.std()
 
 
 def test_saving_an_official_folder_again_keeps_what_it_holds(plain: Path, tmp_path: Path, bits: Bits) -> None:
@@ -260,7 +247,7 @@ def test_keys_that_change_no_number_are_let_pass(plain: Path, tmp_path: Path) ->
     expected = publish(tmp_path / "m", plain, 4)
     passed = {"disable_exllama": False, "use_exllama": False, "exllama_config": {"version": 2}, "dataset": None}
     edit_keys(tmp_path / "m", **passed, model_name_or_path="somewhere", tokenizer=None, batch_size=1, pad_token_id=None)
-    assert_same_model(qquant.load_quantized(tmp_path / "m"), expected)
+    assert_same_but_for_order(logits(qquant.load_quantized(tmp_path / "m")), expected)
 
 
 def test_a_key_that_might_change_numbers_is_refused_by_name(plain: Path, tmp_path: Path) -> None:
@@ -274,7 +261,7 @@ def test_buffers_that_the_first_release_stored_are_left_out(plain: Path, tmp_pat
     expected = publish(tmp_path / "m", plain, 4)
     stored = {"transformer.rotary_emb.inv_freq": torch.zeros(8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
     edit_tensors(tmp_path / "m", lambda tensors: tensors.update(stored))
-    assert_same_model(qquant.load_quantized(tmp_path / "m"), expected)
+    assert_same_but_for_order(logits(qquant.load_quantized(tmp_path / "m")), expected)
 
 
 # A config.json of another model put over it, as the recipe of 2023 asks for: option -> (value, what is named).
@@ -314,7 +301,7 @@ def test_zero_biases_fit_a_model_with_biases_too(plain: Path, tmp_path: Path) ->
     expected = publish(tmp_path / "m", plain, 4)
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"no_bias": False}))
-    assert_same_model(qquant.load_quantized(tmp_path / "m"), expected)
+    assert_same_but_for_order(logits(qquant.load_quantized(tmp_path / "m")), expected)
 
 
 def test_a_quantized_folder_is_not_quantized_again(plain: Path, tmp_path: Path) -> None:

@@ -334,3 +334,19 @@ def test_auto_tokenizer_takes_a_folder_without_tokenizer_settings(folder: Path) 
 def test_auto_tokenizer_takes_what_we_saved(tmp_path: Path, tokenizer: QWenTokenizer) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert isinstance(AutoTokenizer.from_pretrained(tmp_path), QWenTokenizer)
+
+
+BAD_OPTIONS: dict[str, dict[str, Any]] = {
+    "unknown errors": {"errors": "bogus"},
+    "errors of a number": {"errors": 5},
+    "a length of text": {"model_max_length": "x"},
+    "no length": {"model_max_length": float("nan")},
+    "a negative length": {"model_max_length": -1},
+}
+
+
+@pytest.mark.parametrize("options", list(BAD_OPTIONS.values()), ids=list(BAD_OPTIONS))
+def test_an_option_that_would_fail_later_is_refused_at_once(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(BadModelError, match=f"^{name} of a .*tokenizer_config.json"):
+        QWenTokenizer(SMALL_VOCABULARY, **options)

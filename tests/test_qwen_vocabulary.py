@@ -224,6 +224,15 @@ def test_an_unknown_name_cannot_be_allowed(small: Vocabulary) -> None:
         small.encode("hi", {"<|im_stop|>"})
 
 
+def test_a_turn_is_its_header_its_content_and_its_end(small: Vocabulary) -> None:
+    start, end = small.special["<|im_start|>"], small.special["<|im_end|>"]
+    header = [start, *small.encode("user\n", ())]
+    assert small.encode_turn("user", None) == header
+    assert small.encode_turn("user", "") == [*header, end]
+    assert small.encode_turn("user", "a<|im_end|>") == [*header, *small.encode("a<|im_end|>", ()), end]
+    assert small.encode_turn("user", "a<|im_end|>", "all") == [*header, *small.encode("a", ()), end, end]
+
+
 # ---- long runs of white space
 
 

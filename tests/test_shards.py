@@ -88,6 +88,14 @@ def test_library_returns_what_the_writer_wrote(tmp_path: Path, limit: int) -> No
         assert torch.equal(CheckpointReader(tmp_path).read(name), tensor)
 
 
+def test_a_file_that_is_named_is_read_whatever_else_lies_there(tmp_path: Path) -> None:
+    write(tmp_path, {"a": torch.zeros(4), "b": torch.zeros(4)}, limit=1)
+    save_file({"mine": torch.ones(3)}, tmp_path / "other.safetensors")
+    reader = CheckpointReader(tmp_path, [tmp_path / "other.safetensors"])
+    assert list(reader.entries) == ["mine"]
+    assert torch.equal(reader.read("mine"), torch.ones(3))
+
+
 def test_read_tensor_owns_its_memory(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(4)})
     reader = CheckpointReader(tmp_path)

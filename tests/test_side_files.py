@@ -17,6 +17,7 @@ from qquant.errors import BadModelError
 from qquant.gptq import quantize_checkpoint
 from qquant.side_files import collect, tokenizer_folder
 from qquant.sources import QWEN_CODE, load_tokenizer
+from tests.adapters import saved, trained
 from tests.make_qwen_v1 import make_qwen_v1
 
 AUTO_MAP = {
@@ -158,6 +159,9 @@ def test_no_generation_config_is_made_up_for_other_families(tiny_qwen2: Path, tm
 def test_changes_reach_the_key_where_the_file_has_it(tiny_qwen2: Path, tmp_path: Path) -> None:
     out = written(tiny_qwen2, tmp_path / "flat", changes={"vocab_size": 7})
     assert read(out / "config.json")["vocab_size"] == 7
+    change(tiny_qwen2 / "config.json", padded_vocab_size=512)
+    both = written(tiny_qwen2, tmp_path / "both", changes={"vocab_size": 7})
+    assert "padded_vocab_size" not in read(both / "config.json")
     nested = tmp_path / "nested"
     nested.mkdir()
     (nested / "config.json").write_text('{"model_type": "x", "text_config": {"vocab_size": 5, "layers": 2}}')
@@ -196,6 +200,54 @@ def test_a_part_of_a_tokenizer_beside_the_adapter_replaces_that_part(tiny_qwen2:
     out = written(tiny_qwen2, tmp_path / "out", adapter=adapter)
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (out / "tokenizer.json").read_bytes() == (tiny_qwen2 / "tokenizer.json").read_bytes()
+
+
+BROKEN = b"{% for x in %}"
+
+
+@pytest.mark.parametrize("beside", ["model", "adapter"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qwen.tiktoken", "tokenizer in the model and its adapter cannot be loaded.*every file"),
+        ("special_tokens_map.json", "cannot be loaded"),
+        ("added_tokens.json", "cannot be loaded"),
+        ("tokenizer_config.json", "not JSON"),
+        ("chat_template.jinja", "chat template must be Jinja"),
+    ],
+)
+def test_a_broken_file_of_a_tokenizer_is_never_published(
+    official: Path, tmp_path: Path, beside: str, name: str, words: str
+) -> None:
+    """Rounding to nearest needs no tokenizer, and a folder that nothing can load helps nobody."""
+    adapter = tmp_path / "adapter"
+    if beside == "adapter":
+        adapter = saved(trained(official, target_modules=["c_attn"]), adapter)
+    ((official if beside == "model" else adapter) / name).write_bytes(BROKEN)
+    config, tuned = QuantizeConfig(method="rtn", group_size=32), adapter if beside == "adapter" else None
+    with pytest.raises(BadModelError, match=words):
+        quantize_checkpoint(official, None, config, tmp_path / "out", adapter=tuned)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_template_inside_the_config_is_found_too(official: Path) -> None:
+    change(official / "tokenizer_config.json", chat_template={"default": "{{ messages }}", "tool": BROKEN.decode()})
+    with pytest.raises(BadModelError, match="chat template must be Jinja"):
+        collect(official).check_tokenizer()
+
+
+def test_a_folder_without_a_tokenizer_has_none_to_check(official: Path) -> None:
+    (official / "qwen.tiktoken").unlink()
+    collect(official).check_tokenizer()
+
+
+def test_ids_without_rows_are_only_refused_where_rows_were_taken_away(official: Path) -> None:
+    """Of the small vocabulary's special tokens some have no row, and the model came so."""
+    change(official / "config.json", vocab_size=300)
+    collect(official).check_tokenizer()
+    collect(official, changes={"vocab_size": 304}).check_tokenizer()
+    with pytest.raises(BadModelError, match="296 rows and the tokenizer ids up to 495"):
+        collect(official, changes={"vocab_size": 296}).check_tokenizer()
 
 
 def test_an_adapter_without_a_tokenizer_leaves_the_models(tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from qquant.checkpoint import load_quantized, quantization_config
 from qquant.compat.saving import Run, save_model
 from qquant.compat.script_inputs import (
     SPREAD,
+    a_dtype,
+    a_path,
     accept,
     one_device,
     refuse_contradictions,
@@ -36,7 +38,7 @@ from qquant.gptq import quantize_model
 from qquant.hf_plugin import check_keys, check_values, register
 from qquant.json_files import read_json, write_json
 from qquant.shards import weight_files
-from qquant.sources import StreamedModel, compute_dtype, pick_dtype, read_config, resolve_folder
+from qquant.sources import StreamedModel, compute_dtype, read_config, resolve_folder
 
 _log = logging.getLogger("qquant")
 
@@ -142,8 +144,7 @@ class BaseGPTQForCausalLM(nn.Module):
         self.model: Any = model
         self.quantize_config = quantize_config
         self._folder, self._dtype = folder, dtype
-        self._quantized = quantized
-        self._whole = True
+        self._weights: Literal["original", "half quantized", "quantized"] = "quantized" if quantized else "original"
         self._run: Run | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -155,19 +156,13 @@ class BaseGPTQForCausalLM(nn.Module):
     @property
     def quantized(self) -> bool:
         """Whether the linears are packed."""
-        return self._quantized
+        return self._weights == "quantized"
 
     @property
     def hf_device_map(self) -> dict[str, Any] | None:
         """Which module is where, for a model that was spread over devices; else None."""
         found: dict[str, Any] | None = getattr(self.model, "hf_device_map", None)
         return found
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = self.model.device
-        return device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the model."""
@@ -198,19 +193,19 @@ class BaseGPTQForCausalLM(nn.Module):
             QquantError: numbers that cannot be solved; the model is then partly quantized and must be loaded again.
         """
         accept("quantize", options | ({} if batch_size == 1 else {"batch_size": batch_size}), ignored={"batch_size"})
-        if self._quantized or not self._whole:
-            state = "is quantized already" if self._quantized else "was left half quantized by an error"
+        if self._weights != "original":
+            state = "is quantized already" if self.quantized else "was left half quantized by an error"
             raise UsageError(f"quantize needs the original weights, and this model {state}; call from_pretrained again")
         config = self.quantize_config.to_qquant()
         samples = samples_of(examples)
         check_samples(samples, int(self.model.config.get_text_config().vocab_size))
-        self._whole = False
+        self._weights = "half quantized"
         try:
             log = quantize_model(self.model, samples, config, on_module=_report)
         except UsageError:  # raised before any weight is touched: the script may change quantize_config and go on
-            self._whole = True
+            self._weights = "original"
             raise
-        self._whole = self._quantized = True
+        self._weights = "quantized"
         data = {"sha256": fingerprint(samples), "samples": len(samples)}
         self._run = Run(config, data, log, str(self.model.dtype).removeprefix("torch."))
 
@@ -235,24 +230,19 @@ class BaseGPTQForCausalLM(nn.Module):
             NumericError: what was written is not what is in memory; nothing is left at ``save_dir``.
         """
         refuse_pickles(use_safetensors)
-        if not self._quantized:
+        if not self.quantized:
             raise UsageError("save_quantized needs a quantized model; call quantize(examples) first")
         if safetensors_metadata:
             _log.warning("save_quantized ignores safetensors_metadata; quant_log.json and manifest.json say more")
         if self.quantize_config.model_file_base_name not in (None, "model"):
             _log.warning("model_file_base_name is not used: the weights are model.safetensors, which readers look for")
-        save_model(self.model, Path(save_dir), source=self._folder, dtype=self._dtype, run=self._run)
+        save_model(
+            self.model, a_path("save_quantized", save_dir), source=self._folder, dtype=self._dtype, run=self._run
+        )
         self.quantize_config.model_name_or_path = str(save_dir)
         self.quantize_config.model_file_base_name = "model"
 
-    def save_pretrained(
-        self,
-        save_dir: str | Path,
-        use_safetensors: bool = True,
-        safetensors_metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        """The same as ``save_quantized``."""
-        self.save_quantized(save_dir, use_safetensors, safetensors_metadata)
+    save_pretrained = save_quantized
 
 
 class AutoGPTQForCausalLM:
@@ -290,10 +280,11 @@ class AutoGPTQForCausalLM:
             UsageError: an option that is not understood, or several devices.
             BadModelError: incomplete, quantized already, or of an unknown kind.
         """
+        _check_config("from_pretrained", quantize_config)
+        local = a_path("from_pretrained", pretrained_model_name_or_path).expanduser().is_dir()
         say_no_remote_code(trust_remote_code)
-        local = Path(pretrained_model_name_or_path).expanduser().is_dir()
         options = without_hub("from_pretrained", options, local=local) | ({"max_memory": 0} if max_memory else {})
-        torch_dtype = options.pop("dtype", torch_dtype)
+        dtype = a_dtype(options.pop("dtype", torch_dtype))
         folder = resolve_folder(str(pretrained_model_name_or_path))
         config = read_config(folder)
         passed = accept(
@@ -303,7 +294,6 @@ class AutoGPTQForCausalLM:
             passes={"attn_implementation"} | {name for name in options if hasattr(config, name)},
         )
         device = one_device(device_map, sum(file.stat().st_size for file in weight_files(folder)))
-        dtype = pick_dtype(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
         # The skeleton is built for its checks: every name and shape, safetensors only, not quantized yet.
         stored = StreamedModel(folder, device=device).dtype
         model = AutoModelForCausalLM.from_pretrained(
@@ -357,7 +347,10 @@ class AutoGPTQForCausalLM:
         refuse_pickles(use_safetensors)
         if trainable:
             raise UsageError("packed weights have no gradient, got trainable=True; train the original and quantize it")
-        local = Path(model_name_or_path).expanduser().is_dir()
+        if quantize_config is not None:
+            _check_config("from_quantized", quantize_config)
+        dtype = a_dtype(torch_dtype)
+        local = a_path("from_quantized", model_name_or_path).expanduser().is_dir()
         passes = {"attn_implementation", "use_cache_quantization", "use_cache_kernel"}
         passed = accept("from_quantized", without_hub("from_quantized", options, local=local), passes=passes)
         folder = resolve_folder(str(model_name_or_path))
@@ -372,10 +365,17 @@ class AutoGPTQForCausalLM:
             device_map = None  # load_quantized then also picks the CPU's dtype
         if max_memory and isinstance(device_map, str):
             passed["max_memory"] = dict(max_memory)
-        dtype = pick_dtype(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
         model = load_quantized(folder, dtype=dtype or "auto", device_map=device_map, **passed)
         chosen = quantize_config or BaseQuantizeConfig._of(keys)
         return BaseGPTQForCausalLM(model, folder, quantized=True, quantize_config=chosen, dtype=dtype)
+
+
+def _check_config(call: str, config: Any) -> None:
+    if not isinstance(config, BaseQuantizeConfig):
+        raise UsageError(
+            f"quantize_config of {call} must be a BaseQuantizeConfig, got {type(config).__name__}; "
+            "write BaseQuantizeConfig(bits=4, group_size=128)"
+        )
 
 
 def _report(record: ModuleRecord) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qquant.checkpoint import LOG_NAME, MANIFEST_NAME, reopen, write_manifest
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.errors import BadModelError, NumericError, UsageError
-from qquant.json_files import read_json, write_json
+from qquant.json_files import read_json
 from qquant.linear import QuantLinear
 from qquant.publish import Kind, published
 from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, CheckpointReader, ShardWriter, TensorSpec
@@ -57,7 +57,7 @@ def save_model(model: Any, out: Path, *, source: Path, dtype: torch.dtype | None
         run: how it was quantized; None: it was loaded quantized, and neither log nor manifest is written.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something else, or a link.
         NumericError: what was written is not what is in memory; nothing is left at ``out``.
     """
     if (out.exists() or out.is_symlink()) and (out.is_symlink() or not out.is_dir() or not _replaceable(out)):
@@ -65,12 +65,14 @@ def save_model(model: Any, out: Path, *, source: Path, dtype: torch.dtype | None
             f"a save makes a folder or replaces a quantized model's, and {out} is another model's, has folders in it, "
             "or is no folder; the model is still in memory: save it elsewhere"
         )
+    _foreign_files(out)
     with published(out, _OUTPUT, overwrite=True) as staging:
         stored = {name: DTYPES[entry.spec.dtype] for name, entry in CheckpointReader(source).entries.items()}
         _write_weights(model, staging, stored, dtype)
         _write_side_files(model, source, staging, dtype)
-        if out.exists():
-            _keep_foreign_files(out, staging)
+        # A script may have saved its tokenizer first.
+        for path in _foreign_files(out):
+            shutil.copyfile(path, staging / path.name)
         _prove(model, staging, stored, dtype)
         if run is not None:
             _write_manifest(source, staging, run)
@@ -110,7 +112,9 @@ def _write_side_files(model: Any, source: Path, folder: Path, dtype: torch.dtype
         changes[key] = str(dtype).removeprefix("torch.")
     # Named first, as quantize_checkpoint does; transformers moves it to the end.
     keys = {"quant_method": "gptq"} | model.config.quantization_config.to_dict()
-    collect(source, changes=changes).write(folder, keys)
+    beside = collect(source, changes=changes)
+    beside.check_tokenizer()
+    beside.write(folder, keys)
 
 
 def _prove(model: Any, folder: Path, stored: dict[str, torch.dtype], dtype: torch.dtype | None) -> None:
@@ -122,11 +126,15 @@ def _prove(model: Any, folder: Path, stored: dict[str, torch.dtype], dtype: torc
 
 
 def _write_manifest(source: Path, folder: Path, run: Run) -> None:
-    write_manifest(folder, source=source, config=run.config, data=run.data, log=run.log, computed_in=run.computed_in)
-    content = read_json(folder / MANIFEST_NAME)
-    files = content["files"].items()
-    content["files"] = {name: digest for name, digest in files if name in _OURS or Path(name).suffix in _WEIGHTS}
-    write_json(folder / MANIFEST_NAME, content)
+    write_manifest(
+        folder,
+        source=source,
+        config=run.config,
+        data=run.data,
+        log=run.log,
+        computed_in=run.computed_in,
+        files=_OURS | {path.name for path in folder.iterdir() if path.suffix in _WEIGHTS},
+    )
 
 
 def _replaceable(folder: Path) -> bool:
@@ -144,8 +152,19 @@ def _replaceable(folder: Path) -> bool:
 _OUTPUT = Kind("a quantized model's folder", _replaceable)
 
 
-def _keep_foreign_files(old: Path, new: Path) -> None:
-    """What stands in a folder and is not part of a checkpoint stays: a script may have saved its tokenizer first."""
-    for path in sorted(old.iterdir()):
-        if path.name not in _OURS and path.suffix not in _WEIGHTS:
-            shutil.copyfile(path, new / path.name)
+def _foreign_files(folder: Path) -> list[Path]:
+    """What stands in a folder and is not part of a checkpoint; it stays.
+
+    Raises:
+        UsageError: a link, whose bytes may lie anywhere and must not end up in a checkpoint, or no file at all.
+    """
+    if not folder.exists():
+        return []
+    found = [path for path in sorted(folder.iterdir()) if path.name not in _OURS and path.suffix not in _WEIGHTS]
+    for path in found:
+        if path.is_symlink() or not path.is_file():
+            raise UsageError(
+                f"a save keeps the other files of its folder, and {path} is a link or no file; remove it or put the "
+                "file itself there, or save elsewhere: the model is still in memory"
+            )
+    return found

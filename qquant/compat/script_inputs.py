@@ -16,7 +16,7 @@ from torch import Tensor
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.errors import BadDataError, UsageError
 from qquant.shards import weight_files
-from qquant.sources import pick_device
+from qquant.sources import pick_device, pick_dtype
 
 _log = logging.getLogger("qquant")
 
@@ -169,6 +169,22 @@ def samples_of(examples: Iterable[Mapping[str, Any]]) -> list[Sample]:
         except BadDataError as error:
             raise BadDataError(f"example {index}: {error}") from error
     return samples
+
+
+def a_path(call: str, value: Any) -> Path:
+    """A folder or hub id that a script names; raises UsageError if it is something else."""
+    if not isinstance(value, str | Path):
+        raise UsageError(f"{call} needs a folder or a hub id, got {type(value).__name__}; name the model")
+    return Path(value)
+
+
+def a_dtype(value: Any) -> torch.dtype | None:
+    """The dtype that a script names; None for None and "auto". Raises UsageError if it is not one to compute in."""
+    if value is None or isinstance(value, str):
+        return None if value is None else pick_dtype(value.removeprefix("torch."))
+    if value not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"torch_dtype must be torch.float32, bfloat16 or float16, got {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
 def _rows(values: Any) -> Any:

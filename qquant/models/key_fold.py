@@ -56,16 +56,21 @@ class _Pairs(NamedTuple):
         return (attention.c_attn,) if self.fused else (attention.k_proj, attention.q_proj)
 
     @property
+    def parts(self) -> int:
+        """How many of queries, keys and values, each as wide as the others, come out of one projection."""
+        return 3 if self.fused else 1
+
+    @property
     def rows(self) -> slice:
         """Of the first projection's output, the channels that are keys."""
-        third = self.linears[0].out_features // 3
-        return slice(third, 2 * third) if self.fused else slice(None)
+        size = self.linears[0].out_features // self.parts
+        return slice(size, 2 * size) if self.fused else slice(0, size)
 
     @property
     def kv_heads(self) -> int:
         """Heads of the keys."""
-        size: int = self.linears[0].out_features
-        return len(range(size)[self.rows]) // self.dim
+        heads: int = self.linears[0].out_features // self.parts // self.dim
+        return heads
 
     @property
     def dim(self) -> int:
@@ -215,7 +220,7 @@ def _apply(pairs: _Pairs, factors: Tensor) -> bool:
         jobs = [(attention.k_norm.weight, 1 / channel), (attention.q_norm.weight, channel)]
     else:
         per_key = factors.repeat(1, 2)  # [H, D]
-        queries = pairs.linears[-1].out_features // (3 if pairs.fused else 1)
+        queries = pairs.linears[-1].out_features // pairs.parts
         per_query = per_key.repeat_interleave(queries // per_key.numel(), 0).flatten()
         per_key = 1 / per_key.flatten()
         shares = [torch.cat((per_query, per_key, torch.ones_like(per_key)))] if pairs.fused else [per_key, per_query]

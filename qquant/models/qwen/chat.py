@@ -16,31 +16,21 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from qquant.errors import UsageError
+from qquant.errors import BadModelError, UsageError
 from qquant.models.qwen.context import (
     MAX_WINDOW_SIZE,
     History,
     checked_turns,
-    decode_tokens,
-    get_stop_words_ids,
     make_context,
     require_own,
     split_answer,
 )
+from qquant.models.qwen.vocabulary import DEFAULT_SYSTEM
 from qquant.token_stream import stream_tokens
 
-__all__ = [
-    "QWenChat",
-    "StopSequences",
-    "TokenlessIds",
-    "chat_config",
-    "decode_tokens",
-    "get_stop_words_ids",
-    "make_context",
-]
-
-DEFAULT_SYSTEM = "You are a helpful assistant."
-_MAX_NEW_TOKENS = 512  # of every published generation_config.json; transformers' own default of 20 is no answer
+MAX_NEW_TOKENS = 512
+"""Of an answer where nobody says another number, as in every published generation_config.json: transformers' own
+default of 20 is no answer."""
 
 # Values that transformers takes for "not set"; None would be filled from the model's own config again.
 _NEUTRAL = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
@@ -119,6 +109,7 @@ class QWenChat:
 
         Raises:
             UsageError: the model is no chat model, ``stream`` is asked for, or an argument is not what it should be.
+            BadModelError: the prompt has a token that the model has no row for.
         """
         turns = checked_turns(history)
         (answer,) = self.chat_batch(tokenizer, [query], [turns], system, stop_words_ids, generation_config, **kwargs)
@@ -167,6 +158,8 @@ class QWenChat:
             make_context(tokenizer, query, turns, system, window)[1]
             for query, turns in zip(queries, histories, strict=True)
         ]
+        for prompt in prompts:
+            require_rows(model, prompt)
         rows, mask = _left_padded(prompts, tokenizer.eod_id, model.device)
         options = _with_stops(options, stop_words_ids, rows.shape[1])
         output = model.generate(rows, attention_mask=mask, generation_config=config, **options)
@@ -207,6 +200,7 @@ class QWenChat:
         if (config.num_beams or 1) > 1:
             raise UsageError(f"beams cannot be followed token by token, got num_beams={config.num_beams}; use chat")
         prompt = make_context(tokenizer, query, history, system, window)[1]
+        require_rows(model, prompt)
         rows, mask = _left_padded([prompt], tokenizer.eod_id, model.device)
         options = _with_stops(options, stop_words_ids, rows.shape[1])
         stream = stream_tokens(model, rows, attention_mask=mask, generation_config=config, **options)
@@ -249,11 +243,25 @@ def chat_config(model: Any, tokenizer: Any, config: GenerationConfig) -> tuple[G
     config.pad_token_id = tokenizer.eod_id  # of rows that are done: an end marker, so decode_tokens drops it
     config.return_dict_in_generate = False
     if config.max_new_tokens is None and config.max_length is None:
-        config.max_new_tokens = _MAX_NEW_TOKENS
+        config.max_new_tokens = MAX_NEW_TOKENS
     without_sampling(config)
     unused = list(range(len(tokenizer), getattr(model, "used_ids", rows)))
     masking = [TokenlessIds(unused, device=str(model.device))] if unused else []
     return config, LogitsProcessorList(masking)
+
+
+def require_rows(model: Any, ids: Sequence[int]) -> None:
+    """Refuse a prompt with an id that a model, of any family, has no row for, such as a token added to its tokenizer.
+
+    Raises:
+        BadModelError: it has one.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids and max(ids) >= rows:
+        raise BadModelError(
+            f"every token of a prompt needs a row of the model, this one has the id {max(ids)} and the model {rows} "
+            "rows; take the tokenizer's files from the model's own source, without the tokens added to it"
+        )
 
 
 def without_sampling(config: GenerationConfig) -> None:

@@ -28,8 +28,8 @@ class QWenConfig(PretrainedConfig):
     ``intermediate_size`` is, as in the published files, twice the width of the MLP. ``seq_length`` is the length that
     the model was trained at: beyond it dynamic NTK and LogN set in. ``bf16``, ``fp16`` and ``fp32`` choose the dtype
     that the model is loaded in where ``dtype`` is not given; at most one may be true, and the one set last is.
-    ``use_flash_attn``, ``softmax_in_fp32``, ``scale_attn_weights``, ``onnx_safe`` and ``tokenizer_type`` are kept and have
-    no effect: ``attn_implementation`` chooses the attention, and its softmax is float32 always.
+    ``use_flash_attn``, ``softmax_in_fp32``, ``scale_attn_weights``, ``onnx_safe`` and ``tokenizer_type`` are kept and
+    have no effect: ``attn_implementation`` chooses the attention, and its softmax is float32 always.
 
     Raises:
         BadModelError: sizes that do not fit together, or two precisions at once.

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from qquant.errors import UsageError
+from qquant.models.qwen.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 ChatFormat = Literal["chatml", "raw"]
 History = Sequence[tuple[str, str]]
@@ -52,26 +53,39 @@ def make_context(
 
     Source: Qwen's README, "Batch inference"; the rule of the window as its code has it.
     """
-    require_own(tokenizer)
-    if not isinstance(query, str) or not isinstance(system, str):
-        raise UsageError(f"query and system must be text, got {type(query).__name__} and {type(system).__name__}")
-    if _known(chat_format) == "raw":
-        return query, tokenizer.encode(query)
+    if _known(chat_format) == "chatml":
+        text, ids, _ = windowed_context(tokenizer, query, history, system, max_window_size)
+        return text, ids
+    _require_texts(tokenizer, query, system)
+    return query, tokenizer.encode(query)
+
+
+def windowed_context(
+    tokenizer: Any, query: str, history: History | None, system: str, max_window_size: int
+) -> tuple[str, list[int], int]:
+    """The ChatML prompt of ``make_context``, whose arguments and errors these are, and how many turns are in it.
+
+    Returns:
+        raw_text, context_tokens, and the number of turns kept, the newest ones.
+    """
+    _require_texts(tokenizer, query, system)
+    turns = checked_turns(history)
     line_feed = _plain_ids(tokenizer, "\n")
     system_text, system_ids = _message(tokenizer, "system", system)
-    kept_text, kept_ids = "", list[int]()
-    for asked, answered in reversed(checked_turns(history)):
+    kept, kept_text, kept_ids = 0, "", list[int]()
+    for asked, answered in reversed(turns):
         user_text, user_ids = _message(tokenizer, "user", asked)
         answer_text, answer_ids = _message(tokenizer, "assistant", answered)
         turn = [*line_feed, *user_ids, *line_feed, *answer_ids]
         if len(system_ids) + len(turn) + len(kept_ids) >= max_window_size:
             break
-        kept_text, kept_ids = f"\n{user_text}\n{answer_text}{kept_text}", turn + kept_ids
+        kept, kept_text, kept_ids = kept + 1, f"\n{user_text}\n{answer_text}{kept_text}", turn + kept_ids
     query_text, query_ids = _message(tokenizer, "user", query)
     header_text, header_ids = _message(tokenizer, "assistant", None)
     return (
         f"{system_text}{kept_text}\n{query_text}\n{header_text}",
         [*system_ids, *kept_ids, *line_feed, *query_ids, *line_feed, *header_ids],
+        kept,
     )
 
 
@@ -151,19 +165,14 @@ def checked_turns(history: History | None) -> list[tuple[str, str]]:
 
 def _message(tokenizer: Any, role: str, content: str | None) -> tuple[str, list[int]]:
     """One message as text and ids, from its start marker to its end marker; for content None its header only."""
-    text = f"{tokenizer.decode([tokenizer.im_start_id])}{role}\n"
-    ids = [tokenizer.im_start_id, *_plain_ids(tokenizer, role), *_plain_ids(tokenizer, "\n")]
-    if content is None:
-        return text, ids
-    return (
-        f"{text}{content}{tokenizer.decode([tokenizer.im_end_id])}",
-        [*ids, *_plain_ids(tokenizer, content), tokenizer.im_end_id],
-    )
+    _, start, end = SPECIAL_TOKENS[:3]
+    text = f"{start}{role}\n" + ("" if content is None else f"{content}{end}")
+    return text, tokenizer.vocabulary.encode_turn(role, content)
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of text in which nothing is a special token."""
-    ids: list[int] = tokenizer.encode(text, allowed_special=set(), disallowed_special=())
+    ids: list[int] = tokenizer.vocabulary.encode(text, ())
     return ids
 
 
@@ -173,9 +182,15 @@ def _known(chat_format: str) -> str:
     return chat_format
 
 
+def _require_texts(tokenizer: Any, query: object, system: object) -> None:
+    require_own(tokenizer)
+    if not isinstance(query, str) or not isinstance(system, str):
+        raise UsageError(f"query and system must be text, got {type(query).__name__} and {type(system).__name__}")
+
+
 def require_own(tokenizer: Any) -> None:
-    """Refuse the tokenizer of another family; raises UsageError."""
-    if not hasattr(tokenizer, "im_start_id"):
+    """Refuse the tokenizer of another family, or of the folder's own code; raises UsageError."""
+    if not isinstance(getattr(tokenizer, "vocabulary", None), Vocabulary):
         raise UsageError(
             f"a Qwen v1 chat needs a QWenTokenizer, got {type(tokenizer).__name__}; load it from the model's "
             "folder with AutoTokenizer after qquant.register()"

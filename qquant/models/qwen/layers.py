@@ -48,9 +48,9 @@ class QWenMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden]."""
-        gate = F.silu(self.w2(x))
+        raised, gate = self.w1(x), F.silu(self.w2(x))
         # Where no gradient needs the gate, the product takes its place: one large temporary less.
-        product = gate * self.w1(x) if torch.is_grad_enabled() else gate.mul_(self.w1(x))
+        product = raised * gate if torch.is_grad_enabled() else gate.mul_(raised)
         found: Tensor = self.c_proj(product)
         return found
 

@@ -50,7 +50,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         **kwargs: what every transformers tokenizer takes: ``pad_token``, ``padding_side``, ``model_max_length``, ...
 
     Raises:
-        BadModelError: a rank file is missing or malformed, or the folder declares added tokens.
+        BadModelError: a rank file is missing or malformed, the folder declares added tokens, or ``errors`` or
+            ``model_max_length`` is something else than it should be.
         UsageError: a token that is not one of the special tokens is to become one.
     """
 
@@ -67,6 +68,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         if vocab_file is None:
             where = kwargs.get("name_or_path", "the folder")
             raise BadModelError(f"a Qwen v1 tokenizer needs the vocabulary qwen.tiktoken, {where} has none; add it")
+        _require_sound(errors, kwargs.get("model_max_length"))
         self.errors = errors
         self.vocabulary = Vocabulary(vocab_file, extra_vocab_file)
         self.eod_id, self.im_start_id, self.im_end_id = map(self.special_tokens.__getitem__, SPECIAL_TOKENS[:3])
@@ -279,10 +281,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         Raises:
             UsageError: a message is not text, or an option does not go with the template or with another option.
         """
-        if return_assistant_tokens_mask:
-            raise UsageError("this tokenizer knows no offsets, so there is no assistant tokens mask; leave it out")
-        if continue_final_message and add_generation_prompt:
-            raise UsageError("continue_final_message and add_generation_prompt exclude each other; drop one of them")
+        _require_possible(return_assistant_tokens_mask, bool(continue_final_message and add_generation_prompt))
         chats, batched = _conversations(conversation)
         template = self.get_chat_template(chat_template, tools)
         chatml = template == CHATML_TEMPLATE
@@ -333,6 +332,23 @@ class QWenTokenizer(PreTrainedTokenizer):
         return tuple(map(str, written))
 
 
+_ERRORS = ("replace", "ignore", "strict")
+
+
+def _require_sound(errors: object, longest: object) -> None:
+    """Refuse values of tokenizer_config.json that would fail only once a text is decoded or encoded."""
+    if errors not in _ERRORS:
+        raise BadModelError(
+            f"errors of a Qwen v1 tokenizer must be one of {', '.join(_ERRORS)}, got {errors!r:.100}; correct "
+            "tokenizer_config.json, or leave it out"
+        )
+    if longest is not None and not (isinstance(longest, int | float) and longest >= 1):
+        raise BadModelError(
+            f"model_max_length of a tokenizer must be a number of tokens from 1, got {longest!r:.100}; correct "
+            "tokenizer_config.json, or leave it out"
+        )
+
+
 _ENCODING_OPTIONS = frozenset({"padding", "truncation", "max_length", "return_tensors"})
 
 
@@ -343,6 +359,14 @@ def _conversations(given: Any) -> tuple[list[Any], bool]:
         raise UsageError("a conversation has at least one message, got none; give the user's")
     batched = not isinstance(given[0], Mapping)
     return [getattr(chat, "messages", chat) for chat in (given if batched else [given])], batched
+
+
+def _require_possible(offsets: bool, two_ends: bool) -> None:
+    """Refuse what no template makes possible: offsets, and a last message both left open and followed by a header."""
+    if offsets:
+        raise UsageError("this tokenizer knows no offsets, so there is no assistant tokens mask; leave it out")
+    if two_ends:
+        raise UsageError("continue_final_message and add_generation_prompt exclude each other; drop one of them")
 
 
 def _require_chatml(chats: Sequence[Any], other_inputs: object, continued: bool | str) -> None:

@@ -1,7 +1,7 @@
 """The vocabulary of the original Qwen (v1) over tiktoken: rank files, special tokens, text and conversations to ids.
 
 What transformers wants of a tokenizer (batches, padding, files of a folder, chat templates) is in tokenization.py.
-Which turns of a history still fit into a prompt, and where a generated answer ends, is chat.py's.
+Which turns of a history still fit into a prompt, and where a generated answer ends, is context.py's.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _NO_TOKEN = b"\xff"
 """What an id without a token decodes to: a byte that is never part of UTF-8, so that ``errors`` decides about it."""
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+"""The system prompt of Qwen's chat models, and of its calibration, where none is given."""
 
 SpecialNames = Literal["all"] | Collection[str]
 
@@ -193,6 +194,20 @@ class Vocabulary:
     def _has_token(self, index: int) -> bool:
         return 0 <= index < len(self.ranks) + len(self.special) or index in self._extra_ids
 
+    def encode_turn(self, role: str, content: str | None, allowed_special: SpecialNames = ()) -> list[int]:
+        """The ChatML ids of one message: ``<|im_start|>role``, line feed, ``content<|im_end|>``.
+
+        Role and content are encoded each on its own and as ordinary text, so a message cannot inject a turn.
+
+        Args:
+            role: "system", "user" or "assistant".
+            content: what is said; None for the header alone, up to where content would begin.
+            allowed_special: special tokens that are parsed in the content.
+        """
+        start, end = (self.special[name] for name in SPECIAL_TOKENS[1:3])
+        header = [start, *self.encode(role, ()), *self.encode("\n", ())]
+        return header if content is None else [*header, *self.encode(content, allowed_special), end]
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -201,10 +216,9 @@ class Vocabulary:
         header: bool = False,
         open_end: bool = False,
     ) -> list[int]:
-        """The ChatML ids of a conversation: ``<|im_start|>role``, line feed, ``content<|im_end|>``, line feed.
+        """The ChatML ids of a conversation: ``encode_turn`` of each message, and a line feed after each.
 
-        Role and content are encoded each on its own and as ordinary text, so a message cannot inject a turn. A default
-        system message goes first where the conversation brings none.
+        A default system message goes first where the conversation brings none.
 
         Args:
             messages: each with ``role`` and ``content``.
@@ -216,16 +230,16 @@ class Vocabulary:
             UsageError: there is no message, or one has no role or content of text.
         """
         require_text(messages)
-        line_feed, (start, end) = self.encode("\n", ()), (self.special[name] for name in SPECIAL_TOKENS[1:3])
+        line_feed = self.encode("\n", ())
         turns = [(message["role"], message["content"]) for message in messages]
         if turns[0][0] != "system":
             turns.insert(0, ("system", DEFAULT_SYSTEM))
         ids = []
         for role, content in turns:
-            ids += [start, *self.encode(role, ()), *line_feed, *self.encode(content, allowed_special), end, *line_feed]
+            ids += [*self.encode_turn(role, content, allowed_special), *line_feed]
         if open_end:
             del ids[-1 - len(line_feed) :]
-        return [*ids, start, *self.encode("assistant", ()), *line_feed] if header else ids
+        return [*ids, *self.encode_turn("assistant", None)] if header else ids
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a text rendered from ``defused`` messages: the special tokens left in it are the template's."""
