@@ -92,14 +92,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         [B, L, H, D] in x's dtype; channels from R on are as they were.
     """
     half = cos.shape[-1]
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # Each half is rounded once, on its way into the result: half the time of joining them first.
-    turned[..., :half] = torch.addcmul(first * cos, second, sin, value=-1)
-    turned[..., half : 2 * half] = torch.addcmul(second * cos, first, sin)
-    if 2 * half < x.shape[-1]:
-        turned[..., 2 * half :] = x[..., 2 * half :]
-    return turned
+    # Converted whole and rounded once: half by half costs twice the time.
+    wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    before = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(before, sin)
+    return wide.to(x.dtype)
 
 
 def from_mask(mask: Tensor, length: int) -> Tensor:
