@@ -233,7 +233,7 @@ def to_markdown(report: EvalReport) -> str:
         f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
         f"stride {data.stride}. All models ran in {report.compute_dtype} on {env.device}.",
         *(long_report.long_sections(long, picture=long_report.PICTURE in drawn) if long else []),
-        *[f"## {title}\n\n{_modelstable(report.rows, columns)}" for title, columns in tables.items()],
+        *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in tables.items()],
         f"1 MB is 10^6 bytes. {reading}",
         *_worst_layers(report.rows),
         *[f"![{name.removesuffix('.png')}]({name})" for name in drawn if name not in _PLACED],
@@ -256,7 +256,7 @@ def _parameters(report: EvalReport) -> str:
     return f"{base.label} stores {8 * base.weights_bytes / base.bits_per_weight / _MEGA:.2f} million parameters."
 
 
-def _modelstable(rows: Sequence[ModelRow], columns: Sequence[tuple[str, str, str]]) -> str:
+def _models_table(rows: Sequence[ModelRow], columns: Sequence[tuple[str, str, str]]) -> str:
     body = [[_name(row), _weights(row), *[_cell(row, path, spec) for _, path, spec in columns]] for row in rows]
     return table(["model", "stored as", *[heading for heading, _, _ in columns]], body)
 
