@@ -46,3 +46,9 @@ class DiskError(QquantError, OSError):
     """Reading or writing failed underneath us."""
 
     exit_code = 7
+
+
+class StoppedError(QquantError):
+    """Ctrl-C or SIGTERM ended a run that can go on: what was finished is saved."""
+
+    exit_code = 75

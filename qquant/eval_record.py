@@ -16,12 +16,21 @@ from typing import Any
 import torch
 
 import qquant
-from qquant import report as record
+from qquant import records
+from qquant import results as record
 from qquant.accuracy import Accuracy
 from qquant.errors import BadModelError
-from qquant.measure import Memory, Speed, environment, folder_bytes, weights_bytes
-from qquant.report import EvalReport, LayerError, ModelRow
+from qquant.identity import model_sha256
+from qquant.json_files import read_json
+from qquant.measure import Memory, Speed, environment, folder_bytes, git_commit, weights_bytes
+from qquant.results import LayerError, ModelRow, Result
 from qquant.shards import CheckpointReader
+
+_NUMBERS = (
+    "quant_method", "bits", "group_size", "sym", "desc_act", "static_groups", "true_sequential", "damp_percent",
+    "checkpoint_format", "lm_head", "dynamic",
+)  # fmt: skip
+"""Keys of a quantization_config that the record keeps; other writers put paths and texts of their own beside them."""
 
 
 def model_rows(
@@ -54,6 +63,10 @@ def model_rows(
         row = ModelRow(
             label=label,
             role="candidate" if rows else "baseline",
+            model_type=read_json(folder / "config.json").get("model_type"),
+            parameters=parameters,
+            sha256=model_sha256(folder),
+            quantization={key: own[key] for key in _NUMBERS if key in own} or None,
             method=(own.get("meta") or {}).get("method") or own.get("quant_method"),
             bits=own.get("bits"),
             group_size=own.get("group_size"),
@@ -61,9 +74,9 @@ def model_rows(
             weights_bytes=size,
             folder_bytes=folder_bytes(folder),
             bits_per_weight=8 * size / parameters,
-            accuracy=record.Accuracy(**asdict(scored)) if scored else None,
-            speed=record.Speed(**asdict(timed)) if timed else None,
-            memory=record.Memory(**asdict(used)) if used else None,
+            accuracy=records.Accuracy(**asdict(scored)) if scored else None,
+            speed=records.Speed(**asdict(timed)) if timed else None,
+            memory=records.Memory(**asdict(used)) if used else None,
             ratios=None,
             layer_errors=layer_errors.get(label, ()) if layer_errors else (),
         )
@@ -82,11 +95,12 @@ def layer_errors(log: Path) -> tuple[LayerError, ...]:
         raise BadModelError(f"{log} is not the log of a quantization; delete it or get it again: {error!r}") from error
 
 
-def eval_report(*, dtype: torch.dtype, device: torch.device, **fields: Any) -> EvalReport:
-    """The record, with this moment and this machine; ``fields`` are the rest of ``EvalReport``'s."""
-    return EvalReport(
+def finished_result(*, dtype: torch.dtype, device: torch.device, **fields: Any) -> Result:
+    """The record, with this moment, this checkout and this machine; ``fields`` are the rest of ``Result``'s."""
+    return Result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         compute_dtype=str(dtype).removeprefix("torch."),
-        environment=record.Environment(**asdict(environment(device, qquant_version=qquant.__version__))),
+        git_commit=git_commit(),
+        environment=records.Environment(**asdict(environment(device, qquant_version=qquant.__version__))),
         **fields,
     )

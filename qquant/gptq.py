@@ -269,7 +269,7 @@ def quantize_command(
         from qquant.adapter import Adapter
         from qquant.checkpoint import QUANTIZED_FOLDER
         from qquant.publish import refuse_existing
-        from qquant.sources import pick_device, pick_dtype, resolve_folder
+        from qquant.sources import pick_device, pick_dtype, read_config, resolve_folder
 
         refuse_existing(out, QUANTIZED_FOLDER, overwrite=overwrite)
         if adapter is not None:
@@ -286,7 +286,8 @@ def quantize_command(
         quiet_transformers()
         keep_heap_small()
         began, cpu_began = time.perf_counter(), time.process_time()
-        with module_progress() as on_module:
+        blocks = getattr(read_config(folder).get_text_config(), "num_hidden_layers", None)
+        with module_progress(blocks) as on_module:
             log = quantize_checkpoint(
                 folder,
                 samples,

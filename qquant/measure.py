@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +32,10 @@ StepFn = Callable[[Tensor, Any], tuple[Tensor, Any]]
 DECODE_TOKENS, DECODE_ROUNDS = 8, 4
 """Steps that are timed together, long enough for the clock; and how often, so that models still take turns soon."""
 
+_LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "flash-attn", "lm-eval", "numpy", "safetensors", "tokenizers")
+_NOT_INSTALLED = "not installed"
+_STATUS_WORDS = ("status", "--porcelain", "--untracked-files=no")
+_PATIENCE_SECONDS = 10
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK_RSS = "5"
@@ -83,6 +89,14 @@ class Environment:
     cpu: str
     threads: int
     device: str
+    device_memory_bytes: int | None
+    """Of the GPU; of the machine on a CPU."""
+    driver: str | None
+    """The GPU driver's version; None on a CPU, and where nvidia-smi does not say."""
+    cuda: str | None
+    """The CUDA version that torch was built for."""
+    libraries: dict[str, str]
+    """Versions of what else the numbers may depend on, installed ones only."""
 
 
 class MemoryMeter:
@@ -210,7 +224,22 @@ def environment(device: torch.device, *, qquant_version: str) -> Environment:
         cpu=cpu,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        device_memory_bytes=_device_memory(device),
+        driver=_driver() if device.type == "cuda" else None,
+        cuda=torch.version.cuda,
+        libraries={name: version for name in _LIBRARIES if (version := _version(name)) != _NOT_INSTALLED},
     )
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``-dirty`` if files differ; None for an install."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit, changed = (_output(["git", "-C", str(root), *words]) for words in (("rev-parse", "HEAD"), _STATUS_WORDS))
+    if not commit:
+        return None
+    return commit + ("-dirty" if changed else "")
 
 
 def _speed(prefill: list[float], decode: list[float], prompt_tokens: int, decode_tokens: int) -> Speed:
@@ -281,4 +310,24 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return _NOT_INSTALLED
+
+
+def _device_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().total
+
+
+def _driver() -> str | None:
+    found = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return found.splitlines()[0].strip() if found else None
+
+
+def _output(command: list[str]) -> str | None:
+    """What a short command prints; None if it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

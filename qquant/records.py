@@ -6,13 +6,18 @@ Nothing here measures, and nothing knows what a whole report looks like: that is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 NOT_MEASURED = "not measured"
 MB, PERCENT = "MB", "%"
 """Formats beside Python's own: millions with two decimals, and a share as a percentage."""
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "nf4", "llm-int8"]
+"""What the weights of the decoder's linears are stored in; nf4 and llm-int8 are bitsandbytes' two."""
+KVKind = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+"""What keys and values are stored in."""
 
 _MEGA = 1e6
 
@@ -70,6 +75,24 @@ class Environment(Strict):
     cpu: str
     threads: int
     device: str
+    device_memory_bytes: int | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    libraries: dict[str, str] = Field(default_factory=dict)
+
+
+class Footprint(Strict):
+    """Bytes of one run, by what they are for."""
+
+    weights_bytes: int
+    cache_bytes: int
+    """Keys and values at the last token, all copies that are alive at the peak."""
+    activations_bytes: int
+    """Logits and the largest intermediate tensors."""
+    overhead_bytes: int
+    """What a device or a process takes beside tensors and is known beforehand."""
+    peak_bytes: int
+    """The most at one moment; not always the sum, because loading has a peak of its own."""
 
 
 def field(record: object, path: str) -> Any:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from typer.testing import Result
 
+from qquant import results
 from qquant.errors import BadDataError, BadModelError, UsageError
 from qquant.eval import evaluate_checkpoints
-from qquant.report import EvalReport, report_from_json
+from qquant.results import result_from_json
 from tests.conftest import Factory
 from tests.make_qwen_v1 import make_qwen_v1
 
@@ -27,12 +28,12 @@ def other(checkpoint: Factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def report(tiny_qwen2: Path, other: Path, held_out: Path) -> EvalReport:
+def report(tiny_qwen2: Path, other: Path, held_out: Path) -> results.Result:
     """One evaluation that several tests look at."""
     return evaluate_checkpoints(tiny_qwen2, [tiny_qwen2, other], held_out, seq_len=32, max_tokens=101)
 
 
-def test_a_model_beside_itself_differs_by_nothing(report: EvalReport) -> None:
+def test_a_model_beside_itself_differs_by_nothing(report: results.Result) -> None:
     base, same, _ = report.rows
     assert base.accuracy is not None
     assert same.accuracy is not None
@@ -41,7 +42,7 @@ def test_a_model_beside_itself_differs_by_nothing(report: EvalReport) -> None:
     assert same.label != base.label
 
 
-def test_another_model_differs(report: EvalReport) -> None:
+def test_another_model_differs(report: results.Result) -> None:
     found = report.rows[2].accuracy
     assert found is not None
     assert found.kl_mean_nats is not None
@@ -49,7 +50,7 @@ def test_another_model_differs(report: EvalReport) -> None:
     assert found.tokens == 100
 
 
-def test_sizes_and_bits_are_those_of_the_files(report: EvalReport, tiny_qwen2: Path) -> None:
+def test_sizes_and_bits_are_those_of_the_files(report: results.Result, tiny_qwen2: Path) -> None:
     base = report.rows[0]
     assert base.weights_bytes == (tiny_qwen2 / "model.safetensors").stat().st_size
     assert base.bits_per_weight == pytest.approx(32, rel=0.05)  # float32, and a header that counts in a tiny file
@@ -58,7 +59,7 @@ def test_sizes_and_bits_are_those_of_the_files(report: EvalReport, tiny_qwen2: P
     assert report.rows[1].ratios.weights_bytes == 1
 
 
-def test_speed_and_memory_are_measured_for_every_model(report: EvalReport) -> None:
+def test_speed_and_memory_are_measured_for_every_model(report: results.Result) -> None:
     for row in report.rows:
         assert row.speed is not None
         assert row.speed.prompt_tokens == 32
@@ -68,7 +69,8 @@ def test_speed_and_memory_are_measured_for_every_model(report: EvalReport) -> No
         assert row.memory.tensor_bytes > 100_000
 
 
-def test_the_stride_is_half_a_window_unless_given(report: EvalReport) -> None:
+def test_the_stride_is_half_a_window_unless_given(report: results.Result) -> None:
+    assert report.data is not None
     assert (report.data.seq_len, report.data.stride, report.data.tokens) == (32, 16, 101)
 
 
@@ -92,6 +94,8 @@ def test_gzipped_text_gives_the_same_numbers(tiny_qwen2: Path, held_out: Path, t
     options: dict[str, Any] = {"seq_len": 32, "max_tokens": 65, "speed": False}
     plain, zipped = (evaluate_checkpoints(tiny_qwen2, [tiny_qwen2], path, **options) for path in (held_out, packed))
     assert [row.accuracy for row in plain.rows] == [row.accuracy for row in zipped.rows]
+    assert plain.data is not None
+    assert zipped.data is not None
     assert plain.data.sha256 != zipped.data.sha256
 
 
@@ -232,7 +236,7 @@ def test_the_kv_cache_of_a_model_alone_is_evaluated_on_its_own_text(
     words = ["--baseline", folder, "--kv-cache", "int8", "--out", out, "--seq-len", 80, "--max-tokens", 200]
     result = run_eval(*words, "--kv-tokens", 80, "--seed", 5, "--no-speed")
     assert result.exit_code == 0, result.stderr
-    report = report_from_json((out / "report.json").read_bytes())
+    report = result_from_json((out / "report.json").read_bytes())
     assert [row.label for row in report.rows] == ["model"]
     assert report.kv_cache is not None
     assert [scheme.name for scheme in report.kv_cache.models[0].schemes] == ["published", "none", "hadamard", "fold"]
@@ -326,7 +330,7 @@ def test_the_command_writes_a_report_and_prints_only_its_path(
     result = run_eval("--baseline", tiny_qwen2, "--candidate", tiny_qwen2, "--candidate", other, *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{out / 'report.md'}\n"
-    report = report_from_json((out / "report.json").read_bytes())
+    report = result_from_json((out / "report.json").read_bytes())
     assert report.seed == 3
     assert len(report.rows) == 3
     assert report.command.startswith("python -m qquant.eval --baseline ")

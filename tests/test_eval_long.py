@@ -12,7 +12,7 @@ from typer.testing import Result
 
 from qquant.errors import UsageError
 from qquant.eval import evaluate_long_context
-from qquant.report import report_from_json
+from qquant.results import result_from_json
 from tests.make_qwen_v1 import make_qwen_v1
 
 
@@ -25,11 +25,12 @@ def test_the_door_measures_a_v1_folder_on_its_own_text(
     result = run_eval(*words, "--max-tokens", 100)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{out / 'report.md'}\n"
-    report = report_from_json((out / "report.json").read_bytes())
+    report = result_from_json((out / "report.json").read_bytes())
     assert report.long_context is not None
     assert report.kv_cache is None
     assert report.long_context.lengths == (8, 16, 32)
     assert [row.setting for row in report.long_context.models[0].rows] == ["plain", "ntk", "ntk_logn", "logn"]
+    assert report.data is not None
     assert (report.data.name, report.data.tokens, report.data.seq_len) == ("eval.txt", 97, 32)
     (row,) = report.rows
     assert (row.checkpoint_dtype, row.accuracy, row.speed) == ("float32", None, None)
@@ -51,7 +52,7 @@ def test_the_door_compares_a_quantized_candidate_of_another_family(
     words = ["--measure", "long-context", "--baseline", tiny_qwen2, "--candidate", quantized, "--data", held_out]
     result = run_eval(*words, "--lengths", "32,64", "--max-tokens", 200, "--out", out)
     assert result.exit_code == 0, result.stderr
-    report = report_from_json((out / "report.json").read_bytes())
+    report = result_from_json((out / "report.json").read_bytes())
     assert report.long_context is not None
     base, candidate = report.long_context.models
     assert (base.made_for, [row.setting for row in base.rows]) == (256, ["as_configured"])

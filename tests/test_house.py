@@ -18,12 +18,13 @@ import qquant
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qquant"
 
-DOORS = 9
+DOORS = 10
 GROUND = 1
 FLOORS = {
-    11: {"compat.auto_gptq"},
-    10: {"compat.saving"},
-    9: {"cli", "__main__", "gptq", "eval", "doctor", "inspect", "chat"},
+    12: {"compat.auto_gptq"},
+    11: {"compat.saving"},
+    10: {"cli", "__main__", "gptq", "eval", "doctor", "inspect", "chat"},
+    9: {"evaluation"},
     8: {"checkpoint", "kv_accuracy"},
     7: {"walk", "hf_plugin", "kv_schemes", "kv_errors", "eval_inputs", "side_files", "compat.script_inputs"},
     6: {"sources", "capture"},
@@ -34,6 +35,7 @@ FLOORS = {
         "long_context",
         "adapter",
         "eval_record",
+        "result_files",
         "models.key_fold",
         "models.qwen.chat",
         "models.qwen.layers",
@@ -47,7 +49,7 @@ FLOORS = {
         "accuracy",
         "calibrate",
         "progress",
-        "report",
+        "results",
         "adapter_settings",
         "token_stream",
         "models.layouts",
@@ -63,6 +65,12 @@ FLOORS = {
         "measure",
         "kv_report",
         "long_report",
+        "answer_report",
+        "task_report",
+        "profile_report",
+        "plan_report",
+        "identity",
+        "journal",
         "shards",
         "text_sources",
         "publish",

@@ -27,8 +27,9 @@ from qquant.kv_report import (
     SchemeName,
     kv_sections,
 )
-from qquant.report import EvalReport, report_from_json, to_markdown, write_report
-from tests.test_report import make_accuracy, make_report
+from qquant.result_files import to_markdown, write_result
+from qquant.results import Result, result_from_json
+from tests.test_result_files import make_accuracy, make_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -130,7 +131,7 @@ def make_cost(**changes: Any) -> KVCacheCost:
     return KVCacheCost(**{**fields, **changes})
 
 
-def with_cost(cost: KVCacheCost, report: EvalReport | None = None) -> EvalReport:
+def with_cost(cost: KVCacheCost, report: Result | None = None) -> Result:
     return (report or make_report()).model_copy(update={"kv_cache": cost})
 
 
@@ -144,7 +145,7 @@ def numbers(text: str) -> set[str]:
 
 def test_the_record_survives_json() -> None:
     report = with_cost(make_cost())
-    assert report_from_json(report.model_dump_json()) == report
+    assert result_from_json(report.model_dump_json()) == report
 
 
 def test_a_report_without_the_measurement_does_not_mention_it() -> None:
@@ -153,8 +154,8 @@ def test_a_report_without_the_measurement_does_not_mention_it() -> None:
 
 
 def test_markdown_is_a_function_of_the_json_alone(tmp_path: Path) -> None:
-    write_report(with_cost(make_cost()), tmp_path)
-    again = to_markdown(report_from_json((tmp_path / "report.json").read_bytes()))
+    write_result(with_cost(make_cost()), tmp_path)
+    again = to_markdown(result_from_json((tmp_path / "report.json").read_bytes()))
     assert again == (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -233,7 +234,7 @@ class TestPicture:
         pytest.importorskip("matplotlib")
 
     def test_it_is_drawn_named_and_small(self, tmp_path: Path) -> None:
-        report = write_report(with_cost(make_cost()), tmp_path)
+        report = write_result(with_cost(make_cost()), tmp_path)
         assert report.plots == ("layer-error.png", "size-kl.png", kv_report.PICTURE)
         picture = (tmp_path / kv_report.PICTURE).read_bytes()
         assert picture.startswith(PNG)
@@ -269,7 +270,7 @@ class TestPicture:
     ) -> None:
         layer = make_layer((0.0, 0.0))
         with caplog.at_level(logging.WARNING):
-            report = write_report(with_cost(make_cost(layers=(layer,))), tmp_path)
+            report = write_result(with_cost(make_cost(layers=(layer,))), tmp_path)
         assert kv_report.PICTURE not in report.plots
         assert "kv-outliers.png was not drawn: no layer has keys above zero" in caplog.text
         assert kv_report.PICTURE not in (tmp_path / "report.md").read_text()
@@ -279,7 +280,7 @@ class TestPicture:
     ) -> None:
         report = make_report()
         with caplog.at_level(logging.WARNING):
-            alone = write_report(with_cost(make_cost(), report.model_copy(update={"rows": report.rows[:1]})), tmp_path)
+            alone = write_result(with_cost(make_cost(), report.model_copy(update={"rows": report.rows[:1]})), tmp_path)
         assert alone.plots == (kv_report.PICTURE,)
         assert caplog.text == ""
         assert (tmp_path / "report.md").read_text().startswith("# Evaluation of big\n")
@@ -291,7 +292,7 @@ def test_without_matplotlib_the_section_is_whole_and_the_log_says_once_what_is_m
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level(logging.WARNING):
-        write_report(with_cost(make_cost()), tmp_path)
+        write_result(with_cost(make_cost()), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
     assert "## KV cache" in (tmp_path / "report.md").read_text()
     assert len(caplog.records) == 1

@@ -23,8 +23,9 @@ from qquant.long_report import (
     SettingName,
     long_sections,
 )
-from qquant.report import EvalReport, report_from_json, to_markdown, write_report
-from tests.test_report import make_report
+from qquant.result_files import to_markdown, write_result
+from qquant.results import Result, result_from_json
+from tests.test_result_files import make_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LENGTHS = (1024, 2048, 4096)
@@ -65,13 +66,13 @@ def make_found(*models: LongModel) -> LongContext:
     return LongContext(lengths=LENGTHS, windows=2, tail_tokens=512, models=models or (make_model(),))
 
 
-def report_of(found: LongContext) -> EvalReport:
+def report_of(found: LongContext) -> Result:
     return make_report().model_copy(update={"long_context": found})
 
 
 def test_the_record_survives_json() -> None:
     report = report_of(make_found(make_model(), make_model("int4", baseline=False)))
-    assert report_from_json(report.model_dump_json()) == report
+    assert result_from_json(report.model_dump_json()) == report
 
 
 def test_a_report_without_it_has_no_such_field() -> None:
@@ -142,7 +143,7 @@ def test_rows_that_would_only_hold_dashes_are_left_out_and_no_difference_is_zero
 
 
 def test_the_picture_is_drawn_and_stands_in_its_section(tmp_path: Path) -> None:
-    written = write_report(report_of(make_found(make_model(), make_model("int4", baseline=False))), tmp_path)
+    written = write_result(report_of(make_found(make_model(), make_model("int4", baseline=False))), tmp_path)
     assert written.plots == (long_report.PICTURE,)
     assert (tmp_path / long_report.PICTURE).read_bytes().startswith(PNG)
     assert (tmp_path / "report.md").read_text(encoding="utf-8").count(f"({long_report.PICTURE})") == 1
@@ -152,6 +153,6 @@ def test_one_length_is_not_drawn_and_the_log_says_why(tmp_path: Path, caplog: py
     row = make_row("plain", 1.0, baseline=True)
     short = row.model_copy(update={"points": row.points[:1]})
     found = LongContext(lengths=LENGTHS[:1], windows=8, tail_tokens=512, models=(make_model(rows=(short,)),))
-    with caplog.at_level(logging.WARNING, "qquant.report"):
-        assert write_report(report_of(found), tmp_path).plots == ()
+    with caplog.at_level(logging.WARNING, "qquant.result_files"):
+        assert write_result(report_of(found), tmp_path).plots == ()
     assert "one length makes no line" in caplog.text

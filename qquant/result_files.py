@@ -1,37 +1,26 @@
-"""The record of an evaluation as JSON, and the Markdown and pictures that are drawn from that record alone.
+"""The files of one result: report.json, the Markdown drawn from that record alone, and its pictures.
 
-Pydantic models only: strict, frozen, JSON in and out. Nothing here measures; a field that was not measured is None
-and is printed as such, never guessed. What a KV cache costs has its own record and section in kv_report.py, perplexity
-by sequence length in long_report.py.
+Nothing here measures; what is None in the record is printed as not measured, never guessed. Each section has a room of
+its own: kv_report.py, long_report.py, answer_report.py, task_report.py, profile_report.py, plan_report.py.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import shlex
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from typing import TYPE_CHECKING
 
 from qquant import kv_report, long_report
-from qquant.errors import BadDataError
 from qquant.kv_report import KVCacheCost
-from qquant.long_report import LongContext
-from qquant.records import MB, NOT_MEASURED, PERCENT, Accuracy, Environment, Memory, Speed, Strict, field, shown, table
+from qquant.records import MB, NOT_MEASURED, PERCENT, field, shown, table
+from qquant.results import Data, LayerError, ModelRow, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Accuracy", "Data", "Environment", "EvalReport", "KVCacheCost", "LayerError", "LongContext", "Memory", "ModelRow",
-    "Ratios", "Speed", "ratios_to_baseline", "report_from_json", "shown_command", "to_markdown", "write_report",
-]  # fmt: skip
-
-_LOG = logging.getLogger("qquant.report")
+_LOG = logging.getLogger("qquant.result_files")
 _MEGA = 1e6
 _WORST_LAYERS = 3
 _KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
@@ -82,136 +71,7 @@ _TABLES = {
 _COMPARISONS = ("ratios.", "accuracy.kl_", "accuracy.nll_difference", "accuracy.top1")
 
 
-class Data(Strict):
-    """The text that was evaluated, by its identity and not by its content or place."""
-
-    name: str
-    """Last component of the file's path."""
-    sha256: str
-    """Of the file's bytes as they lie on disk."""
-    tokens: int
-    """Tokens that were used, the unscored first one included."""
-    seq_len: int
-    stride: int
-
-
-class LayerError(Strict):
-    """One line of a candidate's quant_log.json."""
-
-    name: str
-    relative_error: float
-    """Share of the layer's output energy that is error, on the calibration data; of its weights for method rtn."""
-
-
-class Ratios(Strict):
-    """Candidate divided by baseline, so 1 is no change; None where either side was not measured."""
-
-    perplexity: float | None
-    weights_bytes: float | None
-    tensor_bytes: float | None
-    prefill_tokens_per_second: float | None
-    """Median of the ratios of turns that followed each other, not the ratio of the medians."""
-    decode_tokens_per_second: float | None
-    """As above."""
-
-
-class ModelRow(Strict):
-    """All that is known about one model of the report."""
-
-    label: str
-    role: Literal["baseline", "candidate"]
-    method: str | None
-    """How it was quantized; None for a model that is not."""
-    bits: int | None
-    group_size: int | None
-    checkpoint_dtype: str
-    """The dtype its config.json names; the report's compute_dtype says what it was run in."""
-    weights_bytes: int | None
-    folder_bytes: int | None
-    bits_per_weight: float | None
-    """8 * weights_bytes by the baseline's parameters: embeddings, scales and all."""
-    accuracy: Accuracy | None
-    speed: Speed | None
-    memory: Memory | None
-    ratios: Ratios | None
-    layer_errors: tuple[LayerError, ...]
-
-
-class EvalReport(Strict):
-    """One evaluation: what was run, where, on what, and what came out; the first row is the baseline."""
-
-    schema_version: Literal[1] = 1
-    created: str
-    """UTC, ISO 8601."""
-    command: str
-    """As typed, with absolute paths cut to their last component."""
-    seed: int
-    compute_dtype: str
-    """One dtype for all rows, so that only the weights differ."""
-    environment: Environment
-    data: Data
-    rows: tuple[ModelRow, ...]
-    plots: tuple[str, ...] = ()
-    """File names of the pictures that lie beside the report."""
-    kv_cache: KVCacheCost | None = None
-    """Absent from the JSON of an evaluation that was not asked for it."""
-    long_context: LongContext | None = None
-    """The same; an evaluation that was asked for it measured nothing else."""
-
-    @model_serializer(mode="wrap")
-    def _without_what_was_not_asked_for(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = serialize(self)
-        for name in ("kv_cache", "long_context"):
-            if getattr(self, name) is None:
-                content.pop(name, None)
-        return content
-
-
-def shown_command(argv: Sequence[str]) -> str:
-    """A command line as typed, with every absolute path cut to its last component."""
-    words = []
-    for word in argv:
-        option, equals, value = word.partition("=")
-        path = value if equals and option.startswith("-") else word
-        if path.startswith(("/", "~")) or Path(path).is_absolute():
-            path = Path(path).name or "/"
-        words.append(f"{option}={path}" if equals and option.startswith("-") else path)
-    return shlex.join(words)
-
-
-def ratios_to_baseline(row: ModelRow, baseline: ModelRow) -> Ratios:
-    """Divide one row's measurements by the baseline's."""
-
-    def ratio(read: Callable[[ModelRow], float | None]) -> float | None:
-        ours, theirs = read(row), read(baseline)
-        return None if ours is None or not theirs else ours / theirs
-
-    def paired(read: Callable[[Speed], tuple[float, ...]]) -> float | None:
-        if row.speed is None or baseline.speed is None:
-            return None
-        pairs = zip(read(baseline.speed), read(row.speed), strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
-
-    return Ratios(
-        perplexity=ratio(lambda r: r.accuracy.perplexity if r.accuracy else None),
-        weights_bytes=ratio(lambda r: r.weights_bytes),
-        tensor_bytes=ratio(lambda r: r.memory.tensor_bytes if r.memory else None),
-        prefill_tokens_per_second=paired(lambda s: s.prefill_seconds),
-        decode_tokens_per_second=paired(lambda s: s.decode_seconds),
-    )
-
-
-def report_from_json(text: str | bytes) -> EvalReport:
-    """Read a report.json. Raises BadDataError that names the first wrong field."""
-    try:
-        return EvalReport.model_validate_json(text)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"]) or "document"
-        raise BadDataError(f"not a report of schema 1: {place}: {fault['msg']}") from error
-
-
-def write_report(report: EvalReport, folder: Path) -> EvalReport:
+def write_result(report: Result, folder: Path) -> Result:
     """Write report.json, report.md and, with matplotlib, pictures into a folder; returns the record that names them."""
     report = report.model_copy(update={"plots": tuple(_draw(report, folder))})
     (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -219,7 +79,7 @@ def write_report(report: EvalReport, folder: Path) -> EvalReport:
     return report
 
 
-def to_markdown(report: EvalReport) -> str:
+def to_markdown(report: Result) -> str:
     """The report for a human reader; every number in it is a rounded field of the record."""
     data, env = report.data, report.environment
     facts = {"command": f"`{report.command}`", "created": report.created, "seed": report.seed, **dict(env)}
@@ -230,8 +90,8 @@ def to_markdown(report: EvalReport) -> str:
     reading = f"Peak RSS was read as {', '.join(sources) or NOT_MEASURED}." if long is None else _parameters(report)
     parts = [
         f"# Evaluation of {', '.join(candidates or [row.label for row in report.rows])}",
-        f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
-        f"stride {data.stride}. All models ran in {report.compute_dtype} on {env.device}.",
+        *(_text(data) if data else []),
+        f"All models ran in {report.compute_dtype} on {env.device}.",
         *(long_report.long_sections(long, picture=long_report.PICTURE in drawn) if long else []),
         *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in tables.items()],
         f"1 MB is 10^6 bytes. {reading}",
@@ -243,12 +103,19 @@ def to_markdown(report: EvalReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _kv_sections(cost: KVCacheCost, report: EvalReport) -> list[str]:
+def _text(data: Data) -> list[str]:
+    return [
+        f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
+        f"stride {data.stride}."
+    ]
+
+
+def _kv_sections(cost: KVCacheCost, report: Result) -> list[str]:
     picture = kv_report.PICTURE in report.plots
     return kv_report.kv_sections(cost, compute_dtype=report.compute_dtype, picture=picture)
 
 
-def _parameters(report: EvalReport) -> str:
+def _parameters(report: Result) -> str:
     """How large the baseline is, so that nobody takes a small model's behaviour for a large one's."""
     base = report.rows[0]
     if not base.weights_bytes or not base.bits_per_weight:
@@ -292,7 +159,7 @@ def _weights(row: ModelRow) -> str:
     return f"{row.bits}-bit {row.method or ''}".rstrip() + group
 
 
-def _draw(report: EvalReport, folder: Path) -> list[str]:
+def _draw(report: Result, folder: Path) -> list[str]:
     """Draw every picture the record has data for; say in the log which was not drawn and why."""
     pictures: dict[str, Callable[[Figure], str | None]] = {}
     if (long := report.long_context) is not None:
@@ -321,7 +188,7 @@ def _draw(report: EvalReport, folder: Path) -> list[str]:
     return drawn
 
 
-def _draw_layer_errors(figure: Figure, report: EvalReport) -> str | None:
+def _draw_layer_errors(figure: Figure, report: Result) -> str | None:
     """Heat maps on one colour scale, one per candidate: layer by kind of linear. Returns why it cannot be drawn."""
     grids = {_errors_of(row): grid for row in report.rows if (grid := _layer_grid(row.layer_errors))}
     if not grids:
@@ -353,7 +220,7 @@ def _layer_grid(errors: Sequence[LayerError]) -> dict[tuple[str, int], float]:
     return grid
 
 
-def _draw_size_kl(figure: Figure, report: EvalReport) -> str | None:
+def _draw_size_kl(figure: Figure, report: Result) -> str | None:
     """Size against divergence, a point per candidate, the baseline's size as a line. Returns why it cannot be drawn."""
     points = [
         (row.label, row.weights_bytes / _MEGA, row.accuracy.kl_mean_nats)

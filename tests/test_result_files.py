@@ -12,25 +12,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qquant import accuracy, measure
-from qquant import report as record
+from qquant import accuracy, measure, records, result_files
+from qquant import results as record
 from qquant.errors import BadDataError
-from qquant.report import (
-    EvalReport,
-    LayerError,
-    ModelRow,
-    ratios_to_baseline,
-    report_from_json,
-    shown_command,
-    to_markdown,
-    write_report,
-)
+from qquant.result_files import to_markdown, write_result
+from qquant.results import LayerError, ModelRow, Result, ratios_to_baseline, result_from_json, shown_command
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def make_accuracy(perplexity: float, kl: float | None) -> record.Accuracy:
-    return record.Accuracy(
+def make_accuracy(perplexity: float, kl: float | None) -> records.Accuracy:
+    return records.Accuracy(
         tokens=999,
         nll_mean_nats=2.5,
         perplexity=perplexity,
@@ -43,8 +35,8 @@ def make_accuracy(perplexity: float, kl: float | None) -> record.Accuracy:
     )
 
 
-def make_speed(prefill: tuple[float, ...], decode: tuple[float, ...]) -> record.Speed:
-    return record.Speed(
+def make_speed(prefill: tuple[float, ...], decode: tuple[float, ...]) -> records.Speed:
+    return records.Speed(
         prompt_tokens=512,
         decode_tokens=8,
         prefill_tokens_per_second=1234.5,
@@ -54,8 +46,8 @@ def make_speed(prefill: tuple[float, ...], decode: tuple[float, ...]) -> record.
     )
 
 
-def make_memory(tensors: int) -> record.Memory:
-    return record.Memory(
+def make_memory(tensors: int) -> records.Memory:
+    return records.Memory(
         tensor_bytes=tensors,
         rss_before_bytes=100_000_000,
         peak_rss_bytes=200_000_000,
@@ -103,14 +95,14 @@ BASELINE = make_row(
 )
 
 
-def make_report(*candidates: ModelRow) -> EvalReport:
+def make_report(*candidates: ModelRow) -> Result:
     rows = candidates or (make_row("int4"),)
-    return EvalReport(
+    return Result(
         created="2026-01-02T03:04:05+00:00",
         command="qquant eval --baseline big --candidate int4",
         seed=7,
         compute_dtype="bfloat16",
-        environment=record.Environment(
+        environment=records.Environment(
             python="3.11.7",
             torch="2.13.0",
             transformers="5.23.0",
@@ -134,12 +126,12 @@ def numbers(text: str) -> set[str]:
 
 def test_the_record_survives_json() -> None:
     report = make_report(make_row("int4"), make_row("int8", bits=8, speed=None, memory=None))
-    assert report_from_json(report.model_dump_json()) == report
+    assert result_from_json(report.model_dump_json()) == report
 
 
 def test_markdown_is_a_function_of_the_json_alone(tmp_path: Path) -> None:
-    write_report(make_report(), tmp_path)
-    again = to_markdown(report_from_json((tmp_path / "report.json").read_bytes()))
+    write_result(make_report(), tmp_path)
+    again = to_markdown(result_from_json((tmp_path / "report.json").read_bytes()))
     assert again == (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -220,7 +212,7 @@ def test_a_shown_command_holds_no_absolute_path(argv: list[str], shown: str) -> 
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [(("seed",), "7"), (("extra",), 1), (("schema_version",), 2), (("data", "tokens"), 1.5)],
+    [(("seed",), "7"), (("extra",), 1), (("schema_version",), 3), (("data", "tokens"), 1.5)],
     ids=["mistyped", "unknown_field", "future_schema", "fraction"],
 )
 def test_a_report_that_is_not_ours_is_refused_by_field(path: tuple[str, ...], value: Any) -> None:
@@ -230,12 +222,12 @@ def test_a_report_that_is_not_ours_is_refused_by_field(path: tuple[str, ...], va
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(BadDataError, match=path[-1]):
-        report_from_json(json.dumps(content))
+        result_from_json(json.dumps(content))
 
 
 def test_text_that_is_no_json_is_refused() -> None:
     with pytest.raises(BadDataError, match="not a report"):
-        report_from_json("# Evaluation")
+        result_from_json("# Evaluation")
 
 
 def test_a_number_that_is_not_finite_has_no_place_in_a_report() -> None:
@@ -248,10 +240,10 @@ def test_a_number_that_is_not_finite_has_no_place_in_a_report() -> None:
 @pytest.mark.parametrize(
     ("stored", "measured"),
     [
-        (record.Accuracy, accuracy.Accuracy),
-        (record.Speed, measure.Speed),
-        (record.Memory, measure.Memory),
-        (record.Environment, measure.Environment),
+        (records.Accuracy, accuracy.Accuracy),
+        (records.Speed, measure.Speed),
+        (records.Memory, measure.Memory),
+        (records.Environment, measure.Environment),
     ],
     ids=["accuracy", "speed", "memory", "environment"],
 )
@@ -267,7 +259,7 @@ class TestPictures:
         pytest.importorskip("matplotlib")
 
     def test_both_pictures_are_drawn_and_named_in_the_record(self, tmp_path: Path) -> None:
-        report = write_report(make_report(), tmp_path)
+        report = write_result(make_report(), tmp_path)
         assert report.plots == ("layer-error.png", "size-kl.png")
         assert all((tmp_path / name).read_bytes().startswith(PNG) for name in report.plots)
         assert "![size-kl](size-kl.png)" in (tmp_path / "report.md").read_text()
@@ -275,18 +267,18 @@ class TestPictures:
     def test_the_same_record_gives_the_same_bytes(self, tmp_path: Path) -> None:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-            write_report(make_report(), tmp_path / name)
+            write_result(make_report(), tmp_path / name)
         for file in sorted((tmp_path / "a").iterdir()):
             assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
     def test_names_of_other_families_find_their_places(self) -> None:
         names = ["transformer.h.3.attn.c_attn", "transformer.h.3.attn.c_proj", "transformer.h.3.mlp.c_proj", "lm_head"]
-        grid = record._layer_grid([LayerError(name=name, relative_error=0.1) for name in names])
+        grid = result_files._layer_grid([LayerError(name=name, relative_error=0.1) for name in names])
         assert set(grid) == {("qkv", 3), ("o", 3), ("down", 3)}
 
     def test_what_has_no_data_is_left_out_and_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING):
-            report = write_report(make_report(make_row("x", layer_errors=(), accuracy=None)), tmp_path)
+            report = write_result(make_report(make_row("x", layer_errors=(), accuracy=None)), tmp_path)
         assert report.plots == ()
         assert "layer-error.png was not drawn: no candidate has" in caplog.text
         assert "size-kl.png was not drawn: no candidate has" in caplog.text
@@ -298,7 +290,7 @@ def test_without_matplotlib_the_report_is_whole_and_the_log_says_once_what_is_mi
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level(logging.WARNING):
-        write_report(make_report(), tmp_path)
+        write_result(make_report(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
     assert len(caplog.records) == 1
     assert "qquant[plots]" in caplog.text
