@@ -1,4 +1,4 @@
-# One command each: quickstart, test, check, interop, bench, gpu. Each makes what it needs and remembers it, so the
+# One command each: quickstart, test, check, interop, lm-eval, bench, gpu. Each makes what it needs and remembers it, so the
 # second call starts at once. Nothing is needed beforehand but a Python 3.11 or newer.
 #
 #   PYTHON=python3.12   which interpreter makes the environment (and runs `gpu`)
@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q -q
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format interop bench gpu clean
+.PHONY: help install quickstart test check format interop lm-eval bench gpu clean
 
 help:
 	@echo "make quickstart   quantize and evaluate the example model, and say where the report is"
@@ -26,6 +26,7 @@ help:
 	@echo "make check        lint, formatting, types"
 	@echo "make format       let ruff repair what it can"
 	@echo "make interop      exchange checkpoints with other GPTQ tools, in an environment of its own"
+	@echo "make lm-eval      compare every decision with lm-evaluation-harness, in an environment of its own"
 	@echo "make bench        run the CPU benchmarks"
 	@echo "make gpu          GPU tests and benchmarks on a machine that has torch and a GPU"
 	@echo "make clean        remove environments and built files"
@@ -80,6 +81,9 @@ format: $(STAMP)-dev
 
 interop: $(STAMP)-package
 	QQUANT_PYTHON="$(PY)" bash tests/interop/run.sh
+
+lm-eval: $(STAMP)-package
+	QQUANT_PYTHON="$(PY)" bash tests/lm_eval/run.sh
 
 bench: $(STAMP)-package
 	$(PY) benchmarks/bench_kv_decode.py --quick

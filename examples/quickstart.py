@@ -1,4 +1,4 @@
-"""The whole job on one small model: quantize it to Int8 and Int4, evaluate both against the original, show the report.
+"""The whole job on one small model: plan it, quantize it to Int8 and Int4, evaluate, profile, and make one page of all.
 
 Every step is a command that you could type yourself; this script only types them, one after the other, and prints
 each before it runs. The default is the model that ships beside it; any other folder does as well:
@@ -25,6 +25,10 @@ VARIANTS = {
     "int4-rtn": ["--bits", "4", "--method", "rtn"],
 }
 
+GRID = ["--kv", "bf16,int8", "--batch", "1,8", "--prompt-tokens", "128", "--new-tokens", "64", "--repeats", "3"]
+"""What is profiled: both caches, alone and in a batch. Every cell runs in a process of its own."""
+LENGTHS = ["--kv", "bf16,int8", "--batch", "1,8", "--prompt-tokens", "128", "--new-tokens", "64"]
+
 
 def main() -> None:
     """Quantize each variant, evaluate all of them in one report, print it."""
@@ -42,16 +46,21 @@ def main() -> None:
             parser.error(f"{shown(path)} does not exist; name another with {option}")
 
     started = time.monotonic()
+    run("qquant.plan", args.model, *LENGTHS, "--out", args.out / "plan", "--overwrite")
     for name, options in VARIANTS.items():
         source = ["--model", args.model, "--data", data, "--seq-len", args.seq_len]
         run("qquant.gptq", *source, *options, "--out", args.out / name, "--overwrite")
     candidates = [part for name in VARIANTS for part in ("--candidate", args.out / name)]
-    report = args.out / "report"
-    run("qquant.eval", "--baseline", args.model, *candidates, "--data", held_out, "--out", report, "--overwrite")
+    report, profile, plan, page = (args.out / name for name in ("report", "profile", "plan", "page"))
+    texts = ["--data", held_out, "--answers", 3]
+    run("qquant.eval", "--baseline", args.model, *candidates, *texts, "--out", report, "--overwrite")
+    run("qquant.profile", args.model, args.out / "int8", args.out / "int4", *GRID, "--out", profile, "--overwrite")
+    run("qquant.report", report, profile, plan, "--out", page, "--overwrite")
 
     text = (report / "report.md").read_text(encoding="utf-8")
     print("\n" + first_table(text) + "\n")
-    print(f"Done in {time.monotonic() - started:.0f} s. The report: {report / 'report.md'}")
+    print(f"Done in {time.monotonic() - started:.0f} s. The numbers: {report / 'report.md'}")
+    print(f"Everything on one page, for a browser: {page / 'report.html'}")
 
 
 def run(module: str, *options: object) -> None:

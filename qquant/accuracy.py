@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qquant.errors import BadDataError, BadModelError, NumericError, UsageError
+from qquant.journal import Journal
 
 LogitsFn = Callable[[Tensor, int], Tensor]
 """(window [seq] int64, keep) -> [keep, vocab] logits that follow each of the window's last ``keep`` tokens."""
@@ -66,8 +67,24 @@ class _Tally:
     nll: Tensor
     """[tokens] float64, nats."""
     kl: Tensor
-    """[tokens] float32, nats."""
-    agreed: int = 0
+    """[tokens] float32, nats; stays NaN for a baseline."""
+    agreed: Tensor
+    """[tokens] bool: the likeliest token is the baseline's."""
+
+    def piece(self, place: slice) -> dict[str, Any]:
+        """What was found at some tokens, as JSON values that are read back exactly."""
+        return {
+            "nll": self.nll[place].tolist(),
+            "kl": None if self.kl[place].isnan().any() else self.kl[place].tolist(),
+            "agreed": self.agreed[place].int().tolist(),
+        }
+
+    def put(self, place: slice, piece: Mapping[str, Any]) -> None:
+        """Write such a piece back."""
+        self.nll[place] = torch.tensor(piece["nll"], dtype=torch.float64)
+        if piece["kl"] is not None:
+            self.kl[place] = torch.tensor(piece["kl"])
+        self.agreed[place] = torch.tensor(piece["agreed"], dtype=torch.bool)
 
 
 def logits_fn(model: Any, device: torch.device) -> LogitsFn:
@@ -117,6 +134,7 @@ def evaluate(
     seq_len: int,
     stride: int,
     progress: ProgressFn | None = None,
+    finished: Journal | None = None,
 ) -> tuple[Accuracy | None, dict[str, Accuracy]]:
     """Score a baseline and its candidates on one text in one pass; the baseline runs once per window.
 
@@ -129,6 +147,7 @@ def evaluate(
         seq_len: tokens fed per window.
         stride: tokens scored per window; see ``windows``.
         progress: told after every window how many tokens are done.
+        finished: windows of an earlier run, which are not scored again; those that are scored are added.
 
     Returns:
         The baseline's own accuracy (None without one) and each candidate's, by label.
@@ -143,8 +162,14 @@ def evaluate(
     count = ids.numel() - 1
     reference = _new_tally(count)
     tallies = {label: _new_tally(count) for label in candidates}
+    both = [reference, *tallies.values()] if baseline is not None else [*tallies.values()]
     with torch.inference_mode():
         for window in windows(ids.numel(), seq_len=seq_len, stride=stride):
+            key, place = f"window {window.first}", slice(window.first - 1, window.end - 1)
+            if finished is not None and key in finished:
+                for tally, piece in zip(both, finished[key], strict=True):
+                    tally.put(place, piece)
+                continue  # it takes no time, and would spoil the pace that the time left is reckoned by
             fed, keep = ids[window.begin : window.end - 1], window.end - window.first
             targets = ids[window.first : window.end]
             theirs = None
@@ -154,6 +179,8 @@ def evaluate(
             for label, model in candidates.items():
                 ours = _checked(model(fed, keep), keep, theirs, label)
                 _score_window(ours, theirs, targets, window.first - 1, tallies[label], label)
+            if finished is not None:
+                finished.add(key, [tally.piece(place) for tally in both])
             if progress is not None:
                 progress(window.end - 1, count)
     if baseline is None:
@@ -203,7 +230,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _new_tally(count: int) -> _Tally:
-    return _Tally(torch.full((count,), math.nan, dtype=torch.float64), torch.full((count,), math.nan))
+    nll, kl = torch.full((count,), math.nan, dtype=torch.float64), torch.full((count,), math.nan)
+    return _Tally(nll, kl, torch.zeros(count, dtype=torch.bool))
 
 
 def _checked(logits: Tensor, keep: int, baseline: Tensor | None, label: str) -> Tensor:
@@ -227,7 +255,7 @@ def _score_window(ours: Tensor, theirs: Tensor | None, targets: Tensor, offset: 
         tally.nll[place] = token_nll(log_q, targets[rows])
         if log_p is not None:
             tally.kl[place] = kl_divergence(log_p, log_q).float().cpu()
-            tally.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            tally.agreed[place] = (log_p.argmax(-1) == log_q.argmax(-1)).cpu()
 
 
 def _refuse_infinite(log_q: Tensor, label: str, place: slice) -> None:
@@ -258,5 +286,5 @@ def _summarize(tally: _Tally, baseline: _Tally | None) -> Accuracy:
         kl_mean_nats=tally.kl.mean(dtype=torch.float64).item(),
         kl_p99_nats=tally.kl.kthvalue(-(-99 * count // 100)).values.item(),
         kl_max_nats=tally.kl.max().item(),
-        top1_agreement=tally.agreed / count,
+        top1_agreement=int(tally.agreed.sum()) / count,
     )

@@ -83,7 +83,7 @@ def chat_command(
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         from qquant.chat_terminal import parse_settings
-        from qquant.progress import quiet_transformers
+        from qquant.progress import quiet_transformers, step_progress
 
         for stream, name in ((sys.stdin, "stdin"), (sys.stdout, "stdout")):
             if stream is None:  # what Python makes of a descriptor that is closed
@@ -92,9 +92,11 @@ def chat_command(
         if max_new_tokens is not None:
             settings["max_new_tokens"] = max_new_tokens
         quiet_transformers()
-        conversation = open_conversation(
-            model, wanted=wanted, system=system, seed=seed, dtype=dtype, device=device, kv_cache=kv_cache
-        )
+        with step_progress() as on_progress:
+            on_progress("loading the model", 0, 1)
+            conversation = open_conversation(
+                model, wanted=wanted, system=system, seed=seed, dtype=dtype, device=device, kv_cache=kv_cache
+            )
         conversation.set(settings)
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows escapes, not a traceback
             sys.stdout.reconfigure(errors="backslashreplace")

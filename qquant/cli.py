@@ -15,6 +15,9 @@ from qquant.doctor import doctor_command
 from qquant.eval import evaluate_command
 from qquant.gptq import quantize_command
 from qquant.inspect import inspect_command
+from qquant.plan import plan_command
+from qquant.profile import profile_command
+from qquant.report import report_command
 
 app = typer.Typer(
     name="qquant",
@@ -24,7 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize_command)
+app.command("plan")(plan_command)
 app.command("eval")(evaluate_command)
+app.command("profile")(profile_command)
+app.command("report")(report_command)
 app.command("chat")(chat_command)
 app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)

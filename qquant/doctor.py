@@ -40,6 +40,7 @@ EXTRAS = {
     "gptqmodel": ("compat", "loading our checkpoints through plain transformers"),
     "lm-eval": ("eval", "the harness behind published benchmark scores"),
     "matplotlib": ("plots", "plots in reports"),
+    "bitsandbytes": ("baselines", "NF4 and Int8 rows to compare with"),
 }
 # Packages of other tools that a user may come with, and which have a line here once they are installed or named:
 # distribution -> (why it is not used, what to do).

@@ -1,6 +1,6 @@
-"""``python -m qquant.eval``: what quantizing cost on one text, and what a model makes of long contexts.
+"""``python -m qquant.eval``: what quantizing cost on a text, on tasks, and what a model makes of long contexts.
 
-Only the command line: the recipes are evaluation.py's, the files result_files.py's.
+Only the command line: the recipes are evaluation.py's and task_evaluation.py's, the files result_files.py's.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ from qquant.console import user_errors
 from qquant.errors import UsageError
 from qquant.evaluation import evaluate_checkpoints as evaluate_checkpoints
 from qquant.evaluation import evaluate_long_context as evaluate_long_context
+from qquant.journal import journal_of
 
 if TYPE_CHECKING:
     from qquant.results import Result
+    from qquant.task_report import TaskItem
 
 MEASURES = {
-    "accuracy": ("kv_cache", "kv_tokens", "seq_len", "stride", "speed"),
-    "long-context": ("lengths",),
-}
-"""What ``--measure`` may name, and the options that no other measure takes."""
+    "accuracy": (
+        "data", "max_tokens", "seq_len", "stride", "speed", "kv_cache", "kv_tokens", "answers", "answer_tokens",
+        "bitsandbytes",
+    ),
+    "long-context": ("data", "max_tokens", "lengths"),
+    "tasks": (
+        "tasks", "task_data", "style", "shots", "limit", "batch_size", "prompt_format", "backend",
+        "allow_code_execution", "bitsandbytes",
+    ),
+}  # fmt: skip
+"""What ``--measure`` may name, and the options that each takes beside those that all take."""
 
 
 def evaluate_command(
@@ -37,12 +46,39 @@ def evaluate_command(
         list[str] | None,
         typer.Option(help="Folder or hub id to compare with it; repeatable; optional with --kv-cache, long-context."),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks instead of a text: mmlu, ceval, cmmlu, gsm8k, humaneval, as mmlu,gsm8k.")
+    ] = None,
+    task_data: Annotated[
+        list[str] | None,
+        typer.Option("--task-data", help="Folder with a folder or file per task, or TASK=PATH; repeatable."),
+    ] = None,
+    style: Annotated[str, typer.Option(help="Of tasks: base, chat, or auto: chat if there is a template.")] = "auto",
+    shots: Annotated[int | None, typer.Option(min=0, help="Of tasks: worked examples; default: as published.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of tasks: only the first items of each subject.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of tasks: prompts run together.")] = 8,
+    prompt_format: Annotated[
+        str, typer.Option("--prompt-format", help="Of tasks: qwen, or lm-eval's wording and rules.")
+    ] = "qwen",
+    backend: Annotated[str, typer.Option(help="Of tasks: qquant, or lm-eval, which must be installed.")] = "qquant",
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the code that a model writes for HumanEval, confined.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a stopped run of the same command ended.")
+    ] = False,
+    bitsandbytes: Annotated[
+        str | None, typer.Option(help="Also the baseline as bitsandbytes loads it: nf4, llm-int8, or nf4,llm-int8.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Also sample answers to this many prompts of the text.")] = 0,
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="Tokens of each.")] = 64,
     data: Annotated[
         Path | None, typer.Option(help="Text to evaluate on: UTF-8, .gz allowed; default: the baseline's eval.txt.")
     ] = None,
     measure: Annotated[
-        str, typer.Option(help="accuracy, or long-context: perplexity by length with and without NTK and LogN.")
-    ] = "accuracy",
+        str | None,
+        typer.Option(help="accuracy (default), tasks, or long-context: perplexity by length."),
+    ] = None,
     lengths: Annotated[str | None, typer.Option(help="Of long-context: tokens per window, as 1024,2048,4096.")] = None,
     kv_cache: Annotated[
         str | None, typer.Option("--kv-cache", help="Also measure what this KV cache costs: int8.")
@@ -59,36 +95,71 @@ def evaluate_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compare quantized models with their original, or lengths of context. Only the report's path goes to stdout."""
+    """Compare quantized models with their original, on a text or on tasks. Only the report's path goes to stdout."""
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+        measure = measure or ("accuracy" if tasks is None else "tasks")
         _refuse_others_options(ctx, measure)
-        from qquant.eval_inputs import own_text
-        from qquant.long_context import parse_lengths
         from qquant.progress import quiet_transformers, step_progress
         from qquant.publish import Kind, published, refuse_existing
-        from qquant.result_files import write_result
+        from qquant.result_files import write_items, write_result
         from qquant.results import shown_command
 
         kind = Kind("a report folder", lambda folder: (folder / "report.json").exists())
         refuse_existing(out, kind, overwrite=overwrite)
 
         quiet_transformers()
-        text = own_text(baseline) if data is None else data
-        recipe: Callable[..., Result]
-        if measure == "long-context":
-            recipe = partial(evaluate_long_context, lengths=parse_lengths(lengths or ""))
-        else:
-            options: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "speed": speed}
-            recipe = partial(evaluate_checkpoints, **options, kv_cache=kv_cache, kv_tokens=kv_tokens)
+        chosen = dict(ctx.params)
         typed = ["python", "-m", "qquant.eval"] if sys.argv[0].endswith("eval.py") else [Path(sys.argv[0]).name]
-        shared = {"max_tokens": max_tokens, "device": device, "dtype": dtype, "seed": seed, "threads": threads}
+        shared: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed, "threads": threads}
+        shared |= {"journal": journal_of(out), "resume": resume, "command": shown_command([*typed, *sys.argv[1:]])}
+        items: list[TaskItem] = []
         with step_progress() as on_progress:
-            command = shown_command([*typed, *sys.argv[1:]])
-            report = recipe(baseline, candidate or [], text, **shared, command=command, on_progress=on_progress)
+            if measure == "tasks":
+                report, items = _on_tasks(chosen, **shared, on_progress=on_progress)
+            else:
+                report = _on_text(measure, chosen)(baseline, candidate or [], **shared, on_progress=on_progress)
         with published(out, kind, overwrite=overwrite) as staging:
             write_result(report, staging)
+            if items:
+                write_items(items, staging)
+        journal_of(out).unlink(missing_ok=True)  # what it kept is published now
         typer.echo(out / "report.md")
+
+
+def _on_text(measure: str, chosen: dict[str, Any]) -> Callable[..., Result]:
+    """The recipe of a measure that reads a text, with the options that it alone takes."""
+    from qquant.eval_inputs import own_text
+    from qquant.long_context import parse_lengths
+
+    data = own_text(chosen["baseline"]) if chosen["data"] is None else chosen["data"]
+    options: dict[str, Any] = {"data": data, "max_tokens": chosen["max_tokens"]}
+    if measure == "long-context":
+        return partial(evaluate_long_context, **options, lengths=parse_lengths(chosen["lengths"] or ""))
+    options |= {name: chosen[name] for name in ("seq_len", "stride", "speed", "kv_cache", "kv_tokens")}
+    options |= {name: chosen[name] for name in ("answers", "answer_tokens")}
+    return partial(evaluate_checkpoints, **options, bitsandbytes=_words(chosen["bitsandbytes"]))
+
+
+def _on_tasks(chosen: dict[str, Any], **shared: Any) -> tuple[Result, list[TaskItem]]:
+    """The tasks, with what was finished kept beside the report that is to come."""
+    from qquant.task_evaluation import evaluate_tasks, task_sources
+
+    names = ("style", "shots", "limit", "batch_size", "prompt_format", "backend", "allow_code_execution")
+    tasks = _words(chosen["tasks"])
+    return evaluate_tasks(
+        chosen["baseline"],
+        chosen["candidate"] or [],
+        tasks=tasks,
+        data=task_sources(tasks, chosen["task_data"] or []),
+        bitsandbytes=_words(chosen["bitsandbytes"]),
+        **{name: chosen[name] for name in names},
+        **shared,
+    )
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _refuse_others_options(ctx: typer.Context, measure: str) -> None:
@@ -96,12 +167,16 @@ def _refuse_others_options(ctx: typer.Context, measure: str) -> None:
     if measure not in MEASURES:
         raise UsageError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     for other in MEASURES.keys() - {measure}:
-        for name in MEASURES[other]:
+        for name in sorted({*MEASURES[other]} - {*MEASURES[measure]}):
             source = ctx.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
                 raise UsageError(
                     f"--{name.replace('_', '-')} belongs to --measure {other}, got --measure {measure}; leave one out"
                 )
+    if measure == "tasks" and not _words(ctx.params["tasks"]):
+        raise UsageError("--measure tasks needs the tasks to run; give --tasks mmlu,gsm8k")
+    if measure == "tasks" and not ctx.params["task_data"]:
+        raise UsageError("--tasks needs the files of the tasks; give --task-data DIR, or --task-data mmlu=DIR")
     if measure == "long-context" and ctx.params["lengths"] is None:
         raise UsageError("--measure long-context needs the lengths to measure; give --lengths 1024,2048,4096")
 

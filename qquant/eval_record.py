@@ -20,7 +20,6 @@ from qquant import records
 from qquant import results as record
 from qquant.accuracy import Accuracy
 from qquant.errors import BadModelError
-from qquant.identity import model_sha256
 from qquant.json_files import read_json
 from qquant.measure import Memory, Speed, environment, folder_bytes, git_commit, weights_bytes
 from qquant.results import LayerError, ModelRow, Result
@@ -28,9 +27,14 @@ from qquant.shards import CheckpointReader
 
 _NUMBERS = (
     "quant_method", "bits", "group_size", "sym", "desc_act", "static_groups", "true_sequential", "damp_percent",
-    "checkpoint_format", "lm_head", "dynamic",
+    "checkpoint_format", "lm_head", "dynamic", "load",
 )  # fmt: skip
 """Keys of a quantization_config that the record keeps; other writers put paths and texts of their own beside them."""
+
+_BITSANDBYTES = {
+    kind: {"quant_method": "bitsandbytes", "bits": bits, "load": kind} for kind, bits in (("nf4", 4), ("llm-int8", 8))
+}
+"""What a row says of a baseline that bitsandbytes quantized while loading it."""
 
 
 def model_rows(
@@ -42,6 +46,9 @@ def model_rows(
     memory: Mapping[str, Memory] | None = None,
     speeds: Mapping[str, Speed] | None = None,
     layer_errors: Mapping[str, tuple[LayerError, ...]] | None = None,
+    identities: Mapping[str, str],
+    in_memory: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> tuple[ModelRow, ...]:
     """One row per model, the baseline first.
 
@@ -53,27 +60,33 @@ def model_rows(
         memory: the same.
         speeds: the same.
         layer_errors: the same.
+        identities: label -> ``identity.model_sha256``.
+        in_memory: label -> how the baseline was quantized while it was loaded, for rows that have no folder.
+        sizes: label -> bytes that the weights of such a row would take in a file.
     """
-    original = CheckpointReader(next(iter(folders.values())))
-    parameters = sum(math.prod(entry.spec.shape) for entry in original.entries.values())
+    first = next(iter(folders.values()))
+    parameters = sum(math.prod(entry.spec.shape) for entry in CheckpointReader(first).entries.values())
+    kinds = in_memory or {}
     rows: list[ModelRow] = []
-    for label, folder in folders.items():
-        own, size = keys[label], weights_bytes(folder)
+    for label, folder in {**folders, **dict.fromkeys(kinds, first)}.items():
+        stored = label in folders
+        own: Mapping[str, Any] = keys[label] if stored else _BITSANDBYTES[kinds[label]]
+        size = weights_bytes(folder) if stored else (sizes or {}).get(label)
         scored, used, timed = (found.get(label) if found else None for found in (accuracy, memory, speeds))
         row = ModelRow(
             label=label,
             role="candidate" if rows else "baseline",
             model_type=read_json(folder / "config.json").get("model_type"),
             parameters=parameters,
-            sha256=model_sha256(folder),
+            sha256=identities[label] if stored else rows[0].sha256,
             quantization={key: own[key] for key in _NUMBERS if key in own} or None,
-            method=(own.get("meta") or {}).get("method") or own.get("quant_method"),
+            method=kinds.get(label) or (own.get("meta") or {}).get("method") or own.get("quant_method"),
             bits=own.get("bits"),
             group_size=own.get("group_size"),
-            checkpoint_dtype=str(dtypes[label]).removeprefix("torch."),
+            checkpoint_dtype=str(dtypes[label]).removeprefix("torch.") if stored else rows[0].checkpoint_dtype,
             weights_bytes=size,
-            folder_bytes=folder_bytes(folder),
-            bits_per_weight=8 * size / parameters,
+            folder_bytes=folder_bytes(folder) if stored else None,
+            bits_per_weight=None if size is None else 8 * size / parameters,
             accuracy=records.Accuracy(**asdict(scored)) if scored else None,
             speed=records.Speed(**asdict(timed)) if timed else None,
             memory=records.Memory(**asdict(used)) if used else None,

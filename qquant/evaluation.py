@@ -7,20 +7,20 @@ all lengths. Every step's own room does the work; the command line is eval.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant.errors import DoesNotFitError, UsageError
+from qquant.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qquant.measure import Speed
-    from qquant.results import ModelRow, Result
+    from qquant.accuracy import Accuracy
+    from qquant.journal import Journal
+    from qquant.measure import Memory, Speed
+    from qquant.results import Result
 
 OnProgress = Callable[[str, int, int], None]
 """(what is being done, how far, of how much)."""
@@ -44,6 +44,11 @@ def evaluate_checkpoints(
     threads: int | None = None,
     kv_cache: str | None = None,
     kv_tokens: int = 16384,
+    answers: int = 0,
+    answer_tokens: int = 64,
+    bitsandbytes: Sequence[str] = (),
+    journal: Path | None = None,
+    resume: bool = False,
     command: str = "evaluate_checkpoints() from Python",
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Result:
@@ -65,6 +70,11 @@ def evaluate_checkpoints(
         threads: CPU threads for torch, set for the whole process; None leaves them alone.
         kv_cache: "int8": also measure what keys and values in 8 bits cost; None: leave that out.
         kv_tokens: tokens of the text that this is measured on, in whole windows.
+        answers: prompts from the text that every model goes on with, greedily, for a look at the difference.
+        answer_tokens: tokens of each such answer.
+        bitsandbytes: "nf4", "llm-int8": the baseline once more as bitsandbytes loads it.
+        journal: file that keeps the scores of every finished window, see ``journal.Journal``; the caller removes it.
+        resume: go on with that file. What else is measured is measured again.
         command: what the report says it was made by.
         on_progress: told what is being done.
 
@@ -72,18 +82,23 @@ def evaluate_checkpoints(
         QquantError: bad options, model, data or numbers, or not enough GPU memory.
     """
     from qquant.accuracy import windows
-    from qquant.eval_inputs import prompt_length, read_inputs, refuse_below_one
-    from qquant.eval_record import finished_result
+    from qquant.answers import cut_prompts, sample_answers
+    from qquant.baselines import weights_bytes_of
+    from qquant.checkpoint import LOG_NAME
+    from qquant.eval_inputs import prompt_length, read_inputs, refuse_below_one, stored_dtype
+    from qquant.eval_models import bitsandbytes_labels, fits, identities, loaders, rows
+    from qquant.eval_record import finished_result, layer_errors
+    from qquant.journal import kept
     from qquant.kv_accuracy import measure_kv_cache
     from qquant.kv_schemes import check_cacheable
     from qquant.results import Data
-    from qquant.sources import read_config
+    from qquant.sources import load_tokenizer, read_config
 
     stride = max(1, seq_len // 2) if stride is None else stride
     list(windows(2, seq_len=seq_len, stride=stride))  # refuses a bad pair now and not after the models are loaded
     if kv_cache not in (None, *KV_CACHES):
         raise UsageError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
-    if not candidates and kv_cache is None:
+    if not candidates and kv_cache is None and not bitsandbytes:
         raise UsageError("an evaluation needs at least one candidate, got none; give --candidate or --kv-cache int8")
     refuse_below_one(max_tokens=max_tokens, threads=threads, kv_tokens=kv_tokens)
 
@@ -96,16 +111,36 @@ def evaluate_checkpoints(
     folders, compute, where, ids, digest = read_inputs(
         names, data, seq_len, max_tokens=max_tokens, device=device, dtype=dtype, seed=seed, threads=threads, check=check
     )
+    kinds = bitsandbytes_labels(folders, bitsandbytes)
+    loading, hashes = loaders(folders, kinds, compute, where), identities(folders, on_progress)
+    run = {"measure": "accuracy", "models": [*loading], "sha256": hashes, "text": digest, "tokens": len(ids)}
+    run |= {"seq_len": seq_len, "stride": stride, "dtype": str(compute), "device": where.type}
     prompt_len = prompt_length(folders.values(), seq_len) if speed else 0
-    cost = None
-    with _fits("the models do not fit the device together; try --device cpu"):
-        timed = ids[:prompt_len] if prompt_len else None
-        models, rows = _run(folders, ids, compute, where, seq_len, stride, prompt=timed, tell=on_progress)
+    stored = stored_dtype(next(iter(folders.values())))
+    cost = shown = None
+    with (
+        kept(journal, run, resume=resume, pieces="windows of the text") as finished,
+        fits("the models do not fit the device together; try --device cpu"),
+    ):
+        models, memory = _load(loading, ids[:seq_len], where, on_progress)
+        sizes = {label: weights_bytes_of(models[label], stored_dtype=stored) for label in kinds}
+        found = _score(models, ids, where, seq_len, stride, on_progress, finished)
+        timed = _time(models, ids[:prompt_len], where, on_progress) if prompt_len else {}
+        if answers:
+            prompts = cut_prompts(ids, count=answers, prompt_tokens=min(64, seq_len))
+            tokenizer = load_tokenizer(folders[next(iter(folders))])
+            shown = sample_answers(
+                models, tokenizer, prompts, new_tokens=answer_tokens, device=where, on_progress=on_progress
+            )
         if kv_cache:
             options: dict[str, Any] = {"window": seq_len, "max_tokens": kv_tokens, "seed": seed}
             cost = measure_kv_cache(models, ids, where, **options, tell=on_progress)
+    errors = {label: layer_errors(folder / LOG_NAME) for label, folder in folders.items()}
+    measured: dict[str, Any] = {"accuracy": found, "memory": memory, "speeds": timed, "layer_errors": errors}
+    table = rows(folders, identities=hashes, in_memory=kinds, sizes=sizes, **measured)
     text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), seq_len=seq_len, stride=stride)
-    return finished_result(dtype=compute, device=where, rows=rows, kv_cache=cost, data=text, seed=seed, command=command)
+    facts: dict[str, Any] = {"data": text, "seed": seed, "command": command}
+    return finished_result(dtype=compute, device=where, rows=table, kv_cache=cost, answers=shown, **facts)
 
 
 def evaluate_long_context(
@@ -119,6 +154,8 @@ def evaluate_long_context(
     dtype: str = "auto",
     seed: int = 0,
     threads: int | None = None,
+    journal: Path | None = None,
+    resume: bool = False,
     command: str = "evaluate_long_context() from Python",
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Result:
@@ -136,15 +173,18 @@ def evaluate_long_context(
         dtype: compute dtype of all models; "auto": the baseline's, but float32 for float16 on a CPU.
         seed: of torch's generators. Nothing is drawn at random today.
         threads: CPU threads for torch, set for the whole process; None leaves them alone.
+        journal: file that keeps every finished setting and length, see ``journal.Journal``; the caller removes it.
+        resume: go on with that file.
         command: what the report says it was made by.
         on_progress: told what is being done.
 
     Raises:
         QquantError: bad options, model, data or numbers, or not enough GPU memory.
     """
-    from qquant.checkpoint import load_model
     from qquant.eval_inputs import read_inputs, refuse_below_one
+    from qquant.eval_models import fits, identities, loaders, rows
     from qquant.eval_record import finished_result
+    from qquant.journal import kept
     from qquant.long_context import check_lengths, measure_long_context
     from qquant.results import Data
 
@@ -155,93 +195,72 @@ def evaluate_long_context(
     folders, compute, where, ids, digest = read_inputs(
         names, data, longest, option="lengths", max_tokens=max_tokens, **options
     )
-    rows = _rows(folders)
-    loaders = {label: partial(load_model, folder, dtype=compute, device=where) for label, folder in folders.items()}
-    with _fits("windows this long do not fit the device; shorten --lengths"):
-        found = measure_long_context(loaders, ids, where, lengths=lengths, tell=on_progress)
+    hashes = identities(folders, on_progress)
+    table = rows(folders, identities=hashes)
+    run = {"measure": "long-context", "models": [*folders], "sha256": hashes, "text": digest, "tokens": len(ids)}
+    run |= {"lengths": sorted(set(lengths)), "dtype": str(compute), "device": where.type}
+    with (
+        kept(journal, run, resume=resume, pieces="lengths") as finished,
+        fits("windows this long do not fit the device; shorten --lengths"),
+    ):
+        found = measure_long_context(
+            loaders(folders, {}, compute, where), ids, where, lengths=lengths, tell=on_progress, finished=finished
+        )
     used = found.windows * longest + 1
     text = Data(name=Path(data).name, sha256=digest, tokens=used, seq_len=longest, stride=longest)
     return finished_result(
-        dtype=compute, device=where, rows=rows, long_context=found, data=text, seed=seed, command=command
+        dtype=compute, device=where, rows=table, long_context=found, data=text, seed=seed, command=command
     )
 
 
-@contextmanager
-def _fits(otherwise: str) -> Iterator[None]:
-    """Torch's out-of-memory error as ours, which says ``otherwise``."""
+def _load(
+    loaders: dict[str, Callable[[], Any]], window: Tensor, device: torch.device, tell: OnProgress
+) -> tuple[dict[str, Any], dict[str, Memory]]:
+    """Load every model and run each once, with the memory that this took."""
     import torch
 
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(f"{otherwise}: {error}") from error
+    from qquant.accuracy import logits_fn
+    from qquant.measure import MemoryMeter
+
+    models, memory = {}, {}
+    for number, (label, load) in enumerate(loaders.items()):
+        tell(f"loading {label}", number, len(loaders))
+        meter = MemoryMeter(device)
+        models[label] = load()
+        with torch.inference_mode():
+            logits_fn(models[label], device)(window, 1)  # what the meter reads includes one window's activations
+        memory[label] = meter.read(models[label])
+    return models, memory
 
 
-def _run(
-    folders: dict[str, Path],
+def _score(
+    models: dict[str, Any],
     ids: Tensor,
-    dtype: torch.dtype,
     device: torch.device,
     seq_len: int,
     stride: int,
-    *,
-    prompt: Tensor | None,
     tell: OnProgress,
-) -> tuple[dict[str, Any], tuple[ModelRow, ...]]:
-    """Load every model, score them in one pass and time them in turns; ``prompt`` None: do not time."""
-    import torch
-
+    finished: Journal | None,
+) -> dict[str, Accuracy]:
+    """Every model's accuracy, the baseline's first, from one pass over the text."""
     from qquant.accuracy import evaluate, logits_fn
-    from qquant.checkpoint import LOG_NAME, load_model
-    from qquant.eval_record import layer_errors
-    from qquant.measure import MemoryMeter, measure_speed, step_fn
 
-    models, scorers, memory = {}, {}, {}
-    for number, (label, folder) in enumerate(folders.items()):
-        tell(f"loading {label}", number, len(folders))
-        meter = MemoryMeter(device)
-        models[label] = load_model(folder, dtype=dtype, device=device)
-        scorers[label] = logits_fn(models[label], device)
-        with torch.inference_mode():
-            scorers[label](ids[:seq_len], 1)  # what the meter reads includes one window's activations
-        memory[label] = meter.read(models[label])
-    first = next(iter(folders))
+    first, *others = models
     base, rest = evaluate(
-        scorers[first],
-        {label: scorer for label, scorer in scorers.items() if label != first},
+        logits_fn(models[first], device),
+        {label: logits_fn(models[label], device) for label in others},
         ids,
         seq_len=seq_len,
         stride=stride,
         progress=lambda done, total: tell("scoring tokens", done, total),
+        finished=finished,
     )
     assert base is not None
-    speeds: dict[str, Speed] = {}
-    if prompt is not None:
-        tell("timing", 0, 1)
-        speeds = measure_speed({label: step_fn(model) for label, model in models.items()}, prompt[None].to(device))
-    return models, _rows(
-        folders,
-        accuracy={first: base, **rest},
-        memory=memory,
-        speeds=speeds,
-        layer_errors={label: layer_errors(folder / LOG_NAME) for label, folder in folders.items()},
-    )
+    return {first: base, **rest}
 
 
-def _quantization_keys(folder: Path) -> dict[str, Any]:
-    """What a folder says about its quantization, checked; empty for a plain model."""
-    from qquant.checkpoint import quantization_config
-    from qquant.sources import read_config
+def _time(models: dict[str, Any], prompt: Tensor, device: torch.device, tell: OnProgress) -> dict[str, Speed]:
+    from qquant.measure import measure_speed, step_fn
 
-    quantized = getattr(read_config(folder), "quantization_config", None) or (folder / "quantize_config.json").exists()
-    return quantization_config(folder) if quantized else {}
-
-
-def _rows(folders: dict[str, Path], **measured: Any) -> tuple[ModelRow, ...]:
-    """The report's rows: what the folders are, and what ``model_rows`` takes besides."""
-    from qquant.eval_inputs import stored_dtype
-    from qquant.eval_record import model_rows
-
-    keys = {label: _quantization_keys(folder) for label, folder in folders.items()}
-    dtypes = {label: stored_dtype(folder) for label, folder in folders.items()}
-    return model_rows(folders, keys, dtypes, **measured)
+    tell("timing", 0, 1)
+    return measure_speed({label: step_fn(model) for label, model in models.items()}, prompt[None].to(device))

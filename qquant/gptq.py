@@ -268,6 +268,7 @@ def quantize_command(
         config = _config(options, skip or [], override or [])
         from qquant.adapter import Adapter
         from qquant.checkpoint import QUANTIZED_FOLDER
+        from qquant.progress import module_progress, quiet_transformers, step_progress
         from qquant.publish import refuse_existing
         from qquant.sources import pick_device, pick_dtype, read_config, resolve_folder
 
@@ -276,11 +277,12 @@ def quantize_command(
             adapter = adapter.expanduser()
             Adapter(adapter)  # whether it can be merged at all is said before any data is read
         folder = resolve_folder(model)
-        samples = _read_samples(folder, adapter, data, config, n_samples, seq_len, seed, packing)
+        with step_progress() as on_progress:
+            on_progress("reading the calibration samples", 0, 1)
+            samples = _read_samples(folder, adapter, data, config, n_samples, seq_len, seed, packing)
         if dry_run:
             _show_plan(folder, adapter, samples, config)
             return
-        from qquant.progress import module_progress, quiet_transformers
         from qquant.walk import keep_heap_small
 
         quiet_transformers()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,11 +33,12 @@ def inspect_command(
 ) -> None:
     """Show what a checkpoint holds. Exit code 4 if it would not load, or is not what its manifest says."""
     with user_errors(debug=debug):
-        from qquant.progress import quiet_transformers
+        from qquant.progress import quiet_transformers, step_progress
         from qquant.sources import resolve_folder
 
         quiet_transformers()
-        facts = examine(resolve_folder(folder))
+        with step_progress() as on_progress:
+            facts = examine(resolve_folder(folder), on_progress)
         if as_json:
             typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         else:
@@ -45,11 +47,14 @@ def inspect_command(
             raise BadModelError("; ".join(facts["problems"]))
 
 
-def examine(folder: Path) -> dict[str, Any]:
+def examine(
+    folder: Path, on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> dict[str, Any]:
     """Every fact about a checkpoint folder, ready for JSON; sizes are in bytes.
 
     Args:
         folder: local model folder.
+        on_progress: told which file is compared with the manifest.
 
     Returns:
         ``problems`` lists what is amiss; it is empty for a folder that loads and is what its manifest says.
@@ -68,7 +73,7 @@ def examine(folder: Path) -> dict[str, Any]:
     rest = [entry.spec for name, entry in reader.entries.items() if name not in packed_names]
     stored = sum(entry.spec.nbytes for entry in reader.entries.values())
     parameters = sum(layer["weights"] for layer in packed) + sum(math.prod(spec.shape) for spec in rest)
-    manifest = _manifest(folder)
+    manifest = _manifest(folder, on_progress)
     problems += [f"{name} is not as the manifest says" for name, same in (manifest or {}).items() if not same]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -172,7 +177,7 @@ def _relative_errors(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
     return {"highest": modules[: -_EXTREMES - 1 : -1], "lowest": modules[:_EXTREMES]}
 
 
-def _manifest(folder: Path) -> dict[str, bool] | None:
+def _manifest(folder: Path, on_progress: Callable[[str, int, int], None]) -> dict[str, bool] | None:
     """Whether each file that the manifest names is there unchanged; None without a manifest of ours."""
     from qquant.checkpoint import MANIFEST_NAME, sha256
     from qquant.json_files import read_json
@@ -184,7 +189,11 @@ def _manifest(folder: Path) -> dict[str, bool] | None:
         return {MANIFEST_NAME: False}
     # Only the last part of a name: a manifest, like an index, has no business outside its folder.
     files = {name: folder / Path(name).name for name in named}
-    return {name: file.is_file() and sha256(file) == named[name] for name, file in files.items()}
+    unchanged: dict[str, bool] = {}
+    for name, file in files.items():
+        on_progress("comparing files with the manifest", len(unchanged), len(files))
+        unchanged[name] = file.is_file() and sha256(file) == named[name]
+    return unchanged
 
 
 def _print(facts: dict[str, Any]) -> None:

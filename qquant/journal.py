@@ -97,6 +97,17 @@ class Journal:
             os.truncate(self._path, len(whole))
 
 
+@contextmanager
+def kept(path: Path | None, identity: Mapping[str, Any], *, resume: bool, pieces: str) -> Iterator[Journal | None]:
+    """A journal for the time of a run, with ``resumable`` around it; None for a run that keeps nothing."""
+    if path is None:
+        yield None
+        return
+    journal = Journal(path, identity, resume=resume)
+    with resumable(journal, pieces):
+        yield journal
+
+
 def journal_of(out: Path) -> Path:
     """Where the journal of a run lies whose result will be the folder ``out``."""
     return out.with_name(f"{out.name}.unfinished.jsonl")

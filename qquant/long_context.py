@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qquant.errors import BadDataError, BadModelError, NumericError, UsageError
+from qquant.journal import Journal
 from qquant.long_report import (
     SHOWN,
     LongContext,
@@ -100,6 +101,7 @@ def measure_long_context(
     *,
     lengths: Sequence[int],
     tell: Tell = lambda what, done, total: None,
+    finished: Journal | None = None,
 ) -> LongContext:
     """Score one text at every length with every model in all its settings; one model is in memory at a time.
 
@@ -113,6 +115,7 @@ def measure_long_context(
         device: of the models.
         lengths: tokens per window, see ``check_lengths``; a model may have been made for fewer.
         tell: told what is being done.
+        finished: settings and lengths of an earlier run, which are not run again; those that are run are added.
 
     Raises:
         UsageError: lengths that do not go together.
@@ -140,7 +143,7 @@ def measure_long_context(
                 "vocabulary"
             )
         vocabulary = own
-        losses = _losses(model, label, text, device, ordered, tell)
+        losses = _losses(model, label, text, device, ordered, tell, finished)
         models.append(_record(label, _made_for(model), losses, baseline, ordered, tail))
         baseline = baseline or losses
         del model
@@ -209,7 +212,15 @@ def _computed_once(module: nn.Module | None) -> Iterator[None]:
             module.forward = replaced
 
 
-def _losses(model: Any, label: str, ids: Tensor, device: torch.device, lengths: Sequence[int], tell: Tell) -> _Losses:
+def _losses(
+    model: Any,
+    label: str,
+    ids: Tensor,
+    device: torch.device,
+    lengths: Sequence[int],
+    tell: Tell,
+    finished: Journal | None,
+) -> _Losses:
     """Every setting at every length; raises for numbers that no perplexity can be made of."""
     settings, made_for = settings_of(model), _made_for(model) or 0
     # Up to this length the switches do nothing: alpha is 1, and LogN asks for more keys. The numbers are bit for bit
@@ -223,6 +234,10 @@ def _losses(model: Any, label: str, ids: Tensor, device: torch.device, lengths: 
         for length in runs[setting]:
             where = f"{label}, {SHOWN[setting]}, {length} tokens"
             tell(where, done, total)
+            if finished is not None and where in finished:
+                losses[setting, length] = torch.tensor(finished[where], dtype=torch.float64)
+                done += (ids.numel() - 1) // length
+                continue
 
             def on_window(where: str = where) -> None:
                 nonlocal done
@@ -242,6 +257,8 @@ def _losses(model: Any, label: str, ids: Tensor, device: torch.device, lengths: 
                     f"({where}); the model is damaged, or its dtype overflows: try bfloat16 or float32"
                 )
             losses[setting, length] = found
+            if finished is not None:
+                finished.add(where, found.tolist())
     return losses
 
 

@@ -38,6 +38,9 @@ _STATUS_WORDS = ("status", "--porcelain", "--untracked-files=no")
 _PATIENCE_SECONDS = 10
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_CGROUP = Path("/proc/self/cgroup")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_CGROUP_V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 _RESET_PEAK_RSS = "5"
 """Written to clear_refs, resets VmHWM to the current VmRSS; see proc_pid_clear_refs(5)."""
 
@@ -126,6 +129,22 @@ class MemoryMeter:
             cuda_before_bytes=self._cuda_before,
             cuda_peak_bytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
         )
+
+
+def free_memory_bytes() -> int:
+    """Memory that a new process could take before the kernel has to end one: what is free or can be made free.
+
+    The least of what the machine has and what the control groups leave that this process is in.
+    """
+    return min([psutil.virtual_memory().available, *_cgroup_free()])
+
+
+def device_used_bytes(device: torch.device) -> int | None:
+    """What is in use on the whole GPU, other processes included, as nvidia-smi shows it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
 
 
 def step_fn(model: Any) -> StepFn:
@@ -292,6 +311,47 @@ def _status_bytes(field: str) -> int | None:
         if name == field:
             return int(value.split()[0]) * 1024
     return None
+
+
+def _cgroup_free() -> list[int]:
+    """What each control group around this process leaves, version 2 and 1; a group without a limit is left out."""
+    try:
+        lines = _CGROUP.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers not in ("", "memory"):
+            continue
+        root = _CGROUP_ROOT / controllers
+        names = ("memory.max", "memory.current") if not controllers else _CGROUP_V1_FILES
+        # In a container the path may be the host's, and the group itself is the root.
+        group = Path(path.lstrip("/"))
+        for folder in dict.fromkeys([root / group, *(root / parent for parent in group.parents), root]):
+            limit, used = (_number(folder / name) for name in names)
+            # Version 1 says "no limit" with a number that no machine has.
+            if limit is not None and used is not None and limit < psutil.virtual_memory().total:
+                found.append(max(0, limit - used + _cached_bytes(folder)))
+    return found
+
+
+def _cached_bytes(folder: Path) -> int:
+    """What a control group holds of files that nobody has used for a while: the kernel drops it before it kills."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split(" ", 1) for line in lines if " " in line)
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return None
 
 
 def _cpu_name() -> str:

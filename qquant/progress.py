@@ -1,24 +1,36 @@
-"""Progress of long commands on stderr, and silence for the bars of libraries underneath."""
+"""Progress of long commands on stderr, and silence for the bars of libraries underneath.
+
+On a terminal it is one live line; elsewhere, in a log file, a plain line every half minute.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qquant.config import ModuleRecord
 
 OnProgress = Callable[[str, int, int], None]
 """(what is being done, how far, of how much)."""
 
+PLAIN_SECONDS = 30.0
+"""Between two lines where stderr is no terminal."""
+
 
 @contextmanager
 def step_progress() -> Iterator[OnProgress]:
-    """One live line that names the step, how far it is, the time it took and the time it has left."""
-    with _line("reading") as progress:
-        task, step = progress.task_ids[0], ""
+    """Show the step, how far it is, the time it took and the time it has left."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain(console)
+        return
+    with _line(console, "reading", None) as (progress, task):
+        step = ""
 
         def on_progress(what: str, done: int, total: int) -> None:
             nonlocal step
@@ -32,32 +44,19 @@ def step_progress() -> Iterator[OnProgress]:
 
 @contextmanager
 def module_progress(blocks: int | None) -> Iterator[Callable[[ModuleRecord], None]]:
-    """One live line while linears are quantized: the newest module, its error, the time so far and left.
+    """Show the newest linear and its error while a model is quantized, the time so far and left.
 
     Args:
         blocks: of the model; None where that is not known, and then no time left is shown.
     """
-    with _line("reading the model", total=blocks) as progress:
-        task, done, begun = progress.task_ids[0], 0, 0
-
-        def on_module(record: ModuleRecord) -> None:
-            nonlocal done, begun
-            done += 1
-            # Blocks come in order and each counts once it is left: linears of one block differ too much in cost.
-            begun = max([begun, *(int(part) for part in record.name.split(".") if part.isdecimal())])
-            error = f"relative error {record.relative_error:.1e}"
-            text = f"{done:4d}  {record.name}  {record.bits} bits  {error}"
-            progress.update(task, description=text, completed=begun)
-
-        yield on_module
-
-
-@contextmanager
-def _line(description: str, total: int | None = None) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        progress.add_task(description, total=total)
-        yield progress
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _line(console, "reading the model", blocks) as (progress, task):
+            yield _modules(lambda what, done: progress.update(task, description=what, completed=done))
+    else:
+        tell = _plain(console)
+        # One step from beginning to end: its pace is what the time left is reckoned by.
+        yield _modules(lambda what, done: tell("quantizing blocks", done, blocks or 0))
 
 
 def quiet_transformers() -> None:
@@ -65,3 +64,44 @@ def quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _modules(tell: Callable[[str, int], None]) -> Callable[[ModuleRecord], None]:
+    """A listener to finished linears that tells of the newest one and of the block it is in."""
+    done = begun = 0
+
+    def on_module(record: ModuleRecord) -> None:
+        nonlocal done, begun
+        done += 1
+        # Blocks come in order and each counts once it is left: linears of one block differ too much in cost.
+        begun = max([begun, *(int(part) for part in record.name.split(".") if part.isdecimal())])
+        tell(f"{done:4d}  {record.name}  {record.bits} bits  relative error {record.relative_error:.1e}", begun)
+
+    return on_module
+
+
+@contextmanager
+def _line(console: Console, description: str, total: int | None) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield progress, progress.add_task(description, total=total)
+
+
+def _plain(console: Console) -> OnProgress:
+    """A listener that prints a line now and then; short commands print none."""
+    shown = began = time.monotonic()
+    step, first = "", 0
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        nonlocal shown, began, step, first
+        now = time.monotonic()
+        if what != step:
+            step, began, first = what, now, done
+        if now - shown < PLAIN_SECONDS:
+            return
+        shown = now
+        left = (now - began) / (done - first) * (total - done) if total > done > first else None
+        ending = "" if left is None else f", {timedelta(seconds=round(left))} left"
+        console.print(f"{what}: {done} of {total or 'an unknown number'}{ending}", markup=False, highlight=False)
+
+    return on_progress

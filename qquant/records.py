@@ -19,6 +19,10 @@ Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "nf4", "llm-int8"]
 KVKind = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 """What keys and values are stored in."""
 
+TaskName = Literal["mmlu", "ceval", "cmmlu", "gsm8k", "humaneval"]
+Style = Literal["base", "chat"]
+"""Whether a model is given text to go on with, or a message to answer."""
+
 _MEGA = 1e6
 
 

@@ -10,25 +10,23 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qquant import kv_report, long_report
+from qquant import answer_report, kv_report, long_report, plan_report, profile_report, task_report
 from qquant.kv_report import KVCacheCost
+from qquant.layer_names import in_order, layer_of
 from qquant.records import MB, NOT_MEASURED, PERCENT, field, shown, table
 from qquant.results import Data, LayerError, ModelRow, Result
+from qquant.task_report import TaskItem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LOG = logging.getLogger("qquant.result_files")
+ITEMS_NAME = "items.jsonl"
+
 _MEGA = 1e6
 _WORST_LAYERS = 3
-_KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
-"""Rows of the layer picture from top to bottom; other names follow in their own order."""
-_KIND_OF = {
-    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
-    "down_proj": "down", "c_attn": "qkv", "w2": "gate", "w1": "up",
-}  # fmt: skip
 _MARKERS = "osD^vP*X"
 _PLACED = (kv_report.PICTURE, long_report.PICTURE)
 """Pictures that stand in a section of their own."""
@@ -79,28 +77,65 @@ def write_result(report: Result, folder: Path) -> Result:
     return report
 
 
+def write_items(items: Sequence[TaskItem], folder: Path) -> None:
+    """Write every decision of an evaluation on tasks into items.jsonl, one JSON object per line."""
+    lines = [item.model_dump_json() + "\n" for item in items]
+    (folder / ITEMS_NAME).write_text("".join(lines), encoding="utf-8")
+
+
 def to_markdown(report: Result) -> str:
     """The report for a human reader; every number in it is a rounded field of the record."""
     data, env = report.data, report.environment
-    facts = {"command": f"`{report.command}`", "created": report.created, "seed": report.seed, **dict(env)}
-    sources = sorted({row.memory.peak_rss_source for row in report.rows if row.memory})
-    candidates = [row.label for row in report.rows if row.role == "candidate"]
-    cost, long, drawn = report.kv_cache, report.long_context, report.plots
-    tables = _TABLES if long is None else {"Size": _TABLES["Size"]}
-    reading = f"Peak RSS was read as {', '.join(sources) or NOT_MEASURED}." if long is None else _parameters(report)
+    facts: dict[str, Any] = {"command": f"`{report.command}`", "created": report.created}
+    facts |= {
+        "commit": report.git_commit,
+        "seed": report.seed,
+        **dict(env),
+        "libraries": ", ".join(map(" ".join, env.libraries.items())),
+    }
     parts = [
-        f"# Evaluation of {', '.join(candidates or [row.label for row in report.rows])}",
+        f"# {_title(report)}",
         *(_text(data) if data else []),
-        f"All models ran in {report.compute_dtype} on {env.device}.",
-        *(long_report.long_sections(long, picture=long_report.PICTURE in drawn) if long else []),
-        *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in tables.items()],
-        f"1 MB is 10^6 bytes. {reading}",
-        *_worst_layers(report.rows),
-        *[f"![{name.removesuffix('.png')}]({name})" for name in drawn if name not in _PLACED],
-        *(_kv_sections(cost, report) if cost else []),
-        "## How it was run\n\n" + table(("what", "value"), [(name, str(value)) for name, value in facts.items()]),
+        *([] if report.plan else [f"All models ran in {report.compute_dtype} on {env.device}."]),
+        *_sections(report),
+        "## How it was run\n\n"
+        + table(("what", "value"), [(name, str(value)) for name, value in facts.items() if value not in (None, "")]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(report: Result) -> str:
+    names = ", ".join(row.label for row in report.rows if row.role == "candidate" or len(report.rows) == 1)
+    if report.plan:
+        return f"Plan for {report.plan.model}"
+    return f"Profile of {', '.join(row.label for row in report.rows)}" if report.profile else f"Evaluation of {names}"
+
+
+def _sections(report: Result) -> list[str]:
+    """All that was asked for; a report on one question has no tables of others."""
+    if report.plan:
+        return plan_report.plan_sections(report.plan)
+    if report.profile:
+        return [*profile_report.profile_sections(report.profile), *_models(report.rows)]
+    if report.tasks:
+        return [*task_report.task_sections(report.tasks), *_models(report.rows)]
+    if report.long_context:
+        picture = long_report.PICTURE in report.plots
+        return [*long_report.long_sections(report.long_context, picture=picture), *_models(report.rows)]
+    sources = sorted({row.memory.peak_rss_source for row in report.rows if row.memory})
+    cost = report.kv_cache
+    return [
+        *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in _TABLES.items()],
+        f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(sources) or NOT_MEASURED}.",
+        *_worst_layers(report.rows),
+        *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots if name not in _PLACED],
+        *(answer_report.answer_sections(report.answers) if report.answers else []),
+        *(_kv_sections(cost, report) if cost else []),
+    ]
+
+
+def _models(rows: Sequence[ModelRow]) -> list[str]:
+    return [f"## Size\n\n{_models_table(rows, _TABLES['Size'])}", f"1 MB is 10^6 bytes. {_parameters(rows[0])}"]
 
 
 def _text(data: Data) -> list[str]:
@@ -115,12 +150,12 @@ def _kv_sections(cost: KVCacheCost, report: Result) -> list[str]:
     return kv_report.kv_sections(cost, compute_dtype=report.compute_dtype, picture=picture)
 
 
-def _parameters(report: Result) -> str:
+def _parameters(base: ModelRow) -> str:
     """How large the baseline is, so that nobody takes a small model's behaviour for a large one's."""
-    base = report.rows[0]
-    if not base.weights_bytes or not base.bits_per_weight:
+    if base.parameters is None and not (base.weights_bytes and base.bits_per_weight):
         return f"Its parameters were {NOT_MEASURED}."
-    return f"{base.label} stores {8 * base.weights_bytes / base.bits_per_weight / _MEGA:.2f} million parameters."
+    found = base.parameters or 8 * (base.weights_bytes or 0) / (base.bits_per_weight or 1)
+    return f"{base.label} stores {found / _MEGA:.2f} million parameters."
 
 
 def _models_table(rows: Sequence[ModelRow], columns: Sequence[tuple[str, str, str]]) -> str:
@@ -162,6 +197,8 @@ def _weights(row: ModelRow) -> str:
 def _draw(report: Result, folder: Path) -> list[str]:
     """Draw every picture the record has data for; say in the log which was not drawn and why."""
     pictures: dict[str, Callable[[Figure], str | None]] = {}
+    if report.plan or report.profile or report.tasks:
+        return []  # the page that joins results draws these
     if (long := report.long_context) is not None:
         pictures[long_report.PICTURE] = lambda figure: long_report.draw_long_context(figure, long)
     elif any(row.role == "candidate" for row in report.rows) or report.kv_cache is None:
@@ -194,7 +231,7 @@ def _draw_layer_errors(figure: Figure, report: Result) -> str | None:
     if not grids:
         return "no candidate has a quant_log.json with errors above zero"
     found = {kind for grid in grids.values() for kind, _ in grid}
-    kinds = [kind for kind in _KINDS if kind in found] + sorted(found.difference(_KINDS))
+    kinds = in_order(found)
     layers = 1 + max(layer for grid in grids.values() for _, layer in grid)
     values = [value for grid in grids.values() for value in grid.values()]
     figure.set_size_inches(min(20, 5 + 0.2 * layers), 1 + len(grids) * (0.6 + 0.25 * len(kinds)))
@@ -210,14 +247,11 @@ def _draw_layer_errors(figure: Figure, report: Result) -> str | None:
 
 def _layer_grid(errors: Sequence[LayerError]) -> dict[tuple[str, int], float]:
     """(kind, layer) -> error, for the names that hold a layer's number; a log scale has no place for zeros."""
-    grid = {}
-    for error in errors:
-        *path, leaf = error.name.split(".")
-        layer = next((int(part) for part in path if part.isdecimal()), None)
-        if layer is not None and error.relative_error > 0:
-            kind = "o" if leaf == "c_proj" and "attn" in path else "down" if leaf == "c_proj" else leaf
-            grid[_KIND_OF.get(leaf, kind), layer] = error.relative_error
-    return grid
+    return {
+        place: error.relative_error
+        for error in errors
+        if error.relative_error > 0 and (place := layer_of(error.name)) is not None
+    }
 
 
 def _draw_size_kl(figure: Figure, report: Result) -> str | None:

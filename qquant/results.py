@@ -1,7 +1,7 @@
 """The one record that every command's result is kept in: who ran what where, a row per model, a section per question.
 
 Pydantic models only: strict, frozen, versioned, JSON in and out. A section that was not asked for is absent, a field
-that was not measured is None. Nothing here measures or draws; files are made of it by result_files.py and html_page.py.
+that was not measured is None. Nothing here measures or draws; files are made of it by result_files.py and page/.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_the_door_compares_a_quantized_candidate_of_another_family(
     ("words", "code", "said"),
     [
         ("--measure long-context", 2, "give --lengths 1024,2048,4096"),
-        ("--measure speed", 2, "measure must be one of accuracy, long-context, got 'speed'"),
+        ("--measure speed", 2, "measure must be one of accuracy, long-context, tasks, got 'speed'"),
         ("--lengths 8,16", 2, "--lengths belongs to --measure long-context, got --measure accuracy"),
         ("--measure long-context --lengths 8 --kv-cache int8", 2, "--kv-cache belongs to --measure accuracy"),
         ("--measure long-context --lengths 8 --kv-tokens 9", 2, "--kv-tokens belongs to"),

@@ -18,24 +18,55 @@ import qquant
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qquant"
 
-DOORS = 10
+DOORS = 11
 GROUND = 1
 FLOORS = {
-    12: {"compat.auto_gptq"},
-    11: {"compat.saving"},
-    10: {"cli", "__main__", "gptq", "eval", "doctor", "inspect", "chat"},
-    9: {"evaluation"},
+    13: {"compat.auto_gptq"},
+    12: {"compat.saving"},
+    11: {"cli", "__main__", "gptq", "eval", "doctor", "inspect", "chat", "plan", "profile", "report"},
+    10: {"evaluation", "task_evaluation", "planning", "profile_grid"},
+    9: {"eval_models", "profile_cell"},
     8: {"checkpoint", "kv_accuracy"},
-    7: {"walk", "hf_plugin", "kv_schemes", "kv_errors", "eval_inputs", "side_files", "compat.script_inputs"},
+    7: {
+        "walk",
+        "hf_plugin",
+        "kv_schemes",
+        "kv_errors",
+        "eval_inputs",
+        "side_files",
+        "shapes",
+        "random_models",
+        "baselines",
+        "compat.script_inputs",
+    },
     6: {"sources", "capture"},
     5: {"models.qwen.modeling"},
-    4: {"kv_cache_quant", "merging", "conversation"},
+    4: {
+        "kv_cache_quant",
+        "merging",
+        "conversation",
+        "tasks.asking",
+        "charts.of_results",
+        "page.html",
+        "page.grids",
+        "page.models",
+        "page.scores",
+    },
     3: {
         "kv_layer",
         "long_context",
         "adapter",
         "eval_record",
         "result_files",
+        "charts.accuracy",
+        "charts.contexts",
+        "charts.layers",
+        "charts.memory",
+        "charts.predictions",
+        "charts.speed",
+        "page.joined",
+        "tasks.lm_eval_backend",
+        "tasks.runner",
         "models.key_fold",
         "models.qwen.chat",
         "models.qwen.layers",
@@ -50,6 +81,19 @@ FLOORS = {
         "calibrate",
         "progress",
         "results",
+        "answers",
+        "cell_process",
+        "footprint",
+        "charts.grid_cells",
+        "charts.plot",
+        "page.tables",
+        "tasks.choices",
+        "tasks.files",
+        "tasks.gsm8k",
+        "tasks.humaneval",
+        "tasks.lm_eval_prompts",
+        "tasks.prompts",
+        "tasks.scores",
         "adapter_settings",
         "token_stream",
         "models.layouts",
@@ -71,6 +115,17 @@ FLOORS = {
         "plan_report",
         "identity",
         "journal",
+        "layer_names",
+        "paired",
+        "published",
+        "stored_bytes",
+        "charts.label_places",
+        "charts.scales",
+        "charts.svg",
+        "models.sizes",
+        "tasks.items",
+        "tasks.rows",
+        "tasks.sandbox",
         "shards",
         "text_sources",
         "publish",
@@ -80,10 +135,13 @@ FLOORS = {
         "chat_terminal",
         "models.qwen.vocabulary",
     },
-    0: {"errors", "_native", "records"},
+    0: {"errors", "_native", "records", "tasks.confined"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-SAME_FLOOR = {"cli": {"gptq", "eval", "doctor", "inspect", "chat"}, "__main__": {"cli"}}
+SAME_FLOOR = {
+    "cli": {"gptq", "eval", "doctor", "inspect", "chat", "plan", "profile", "report"},
+    "__main__": {"cli"},
+}
 """The only imports between rooms of one floor."""
 
 DRAWS = {"progress"}
@@ -226,7 +284,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == ""
 
 
-@pytest.mark.parametrize("module", ["qquant", "qquant.gptq", "qquant.eval", "qquant.chat"])
+@pytest.mark.parametrize(
+    "module", ["qquant", "qquant.gptq", "qquant.eval", "qquant.chat", "qquant.plan", "qquant.profile", "qquant.report"]
+)
 def test_help_is_fast(module: str) -> None:
     """Best of three in CPU seconds of the child, so that a busy machine does not count."""
     best = float("inf")

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,3 +151,62 @@ def test_the_environment_names_versions_and_nothing_private() -> None:
     assert str(Path.home()) not in shown
     for private in (platform.node(), getpass.getuser()):
         assert private not in shown.split()
+
+
+CGROUPS = {
+    "version 2": (
+        "0::/outer/inner\n",
+        {
+            "outer/memory.max": "9000",
+            "outer/memory.current": "4000",
+            "outer/inner/memory.max": "max",
+            "outer/inner/memory.current": "1000",
+        },
+        5000,
+    ),
+    "files that can be dropped": (
+        "0::/\n",
+        {"memory.max": "9000", "memory.current": "4000", "memory.stat": "anon 3000\ninactive_file 700\n"},
+        5700,
+    ),
+    "version 1": (
+        "5:cpu:/box\n4:memory:/box\n",
+        {"memory/box/memory.limit_in_bytes": "8000", "memory/box/memory.usage_in_bytes": "1000"},
+        7000,
+    ),
+    "version 1 without a limit": (
+        "4:memory:/\n",
+        {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1000"},
+        None,
+    ),
+    "a container that sees only its own group": (
+        "0::/of/the/host\n",
+        {"memory.max": "9000", "memory.current": "9500"},
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize(("own", "files", "expected"), list(CGROUPS.values()), ids=list(CGROUPS))
+def test_free_memory_is_what_the_control_group_leaves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, files: dict[str, str], expected: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(measure, "_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(measure, "_CGROUP_ROOT", tmp_path / "fs")
+    if expected is None:
+        assert measure.free_memory_bytes() > 10_000
+    else:
+        assert measure.free_memory_bytes() == expected
+
+
+def test_without_control_groups_free_memory_is_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "_CGROUP", tmp_path / "none")
+    assert 0 < measure.free_memory_bytes() <= psutil.virtual_memory().total
+
+
+def test_a_cpu_has_no_device_meter() -> None:
+    assert measure.device_used_bytes(CPU) is None

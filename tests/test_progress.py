@@ -1,55 +1,99 @@
-"""Progress lines name the step and the time left, and begin anew with every step."""
+"""Progress names the step and the time left, begins anew with every step, and is a plain line now and then in a log."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import io
+from collections.abc import Callable
 
 import pytest
-from rich.progress import Progress
+from rich.console import Console
 
 from qquant import progress
 from qquant.config import ModuleRecord
 
 
+class Clock:
+    """Seconds that a test turns on by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
-    """Every live line that is made, so that a test can ask what it shows."""
-    made: list[Progress] = []
-    original = progress._line
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
 
-    @contextmanager
-    def kept(*arguments: object, **options: object):  # type: ignore[no-untyped-def]  # noqa: ANN202
-        with original(*arguments, **options) as line:  # type: ignore[arg-type]
-            made.append(line)
-            yield line
 
-    monkeypatch.setattr(progress, "_line", kept)
-    return made
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], io.StringIO]:
+    """A stand-in for stderr that is a terminal, or is none."""
+
+    def make(terminal: bool) -> io.StringIO:
+        file = io.StringIO()
+        made = Console(file=file, force_terminal=terminal, width=100, color_system=None)
+        monkeypatch.setattr(progress, "Console", lambda **options: made)
+        return file
+
+    return make
 
 
 def record(name: str) -> ModuleRecord:
     return ModuleRecord.model_construct(name=name, bits=4, relative_error=0.01)
 
 
-def test_a_step_begins_at_nothing_and_forgets_the_pace_of_the_last(lines: list[Progress]) -> None:
+def test_a_terminal_is_shown_the_newest_step(stderr: Callable[[bool], io.StringIO]) -> None:
+    file = stderr(True)
     with progress.step_progress() as tell:
         tell("loading", 3, 4)
         tell("scoring", 1, 100)
-        (task,) = lines[0].tasks
-        assert (task.description, task.completed, task.total) == ("scoring", 1, 100)
-        assert task.time_remaining is None or task.completed == 1
+    assert "scoring" in file.getvalue()
 
 
-def test_blocks_are_what_the_time_left_is_reckoned_by(lines: list[Progress]) -> None:
+def test_a_log_of_a_short_command_stays_empty(stderr: Callable[[bool], io.StringIO], clock: Clock) -> None:
+    file = stderr(False)
+    with progress.step_progress() as tell:
+        for done in range(10):
+            clock.seconds += 2
+            tell("scoring", done, 10)
+    assert file.getvalue() == ""
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_time_left(stderr: Callable[[bool], io.StringIO], clock: Clock) -> None:
+    file = stderr(False)
+    with progress.step_progress() as tell:
+        tell("loading", 0, 1)
+        for done in range(7):
+            tell("scoring", done, 10)
+            clock.seconds += 20
+    assert file.getvalue().splitlines() == [
+        "scoring: 2 of 10, 0:02:40 left",
+        "scoring: 4 of 10, 0:02:00 left",
+        "scoring: 6 of 10, 0:01:20 left",
+    ]
+
+
+def test_blocks_are_what_the_time_left_of_a_quantization_is_reckoned_by(
+    stderr: Callable[[bool], io.StringIO], clock: Clock
+) -> None:
+    file = stderr(False)
     with progress.module_progress(4) as tell:
-        for name in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"):
-            tell(record(name))
-        (task,) = lines[0].tasks
-        assert (task.completed, task.total) == (2, 4)
-        assert task.description.startswith("   3  model.layers.2.mlp.up_proj")
+        for block in range(3):
+            for name in ("up_proj", "down_proj"):
+                tell(record(f"model.layers.{block}.mlp.{name}"))
+                clock.seconds += 20
+    assert file.getvalue().splitlines() == [
+        "quantizing blocks: 1 of 4, 0:02:00 left",
+        "quantizing blocks: 2 of 4, 0:01:20 left",
+    ]
 
 
-def test_an_unknown_number_of_blocks_shows_no_time_left(lines: list[Progress]) -> None:
+def test_a_terminal_is_shown_the_newest_linear(stderr: Callable[[bool], io.StringIO]) -> None:
+    file = stderr(True)
     with progress.module_progress(None) as tell:
         tell(record("transformer.h.1.attn.c_attn"))
-        assert lines[0].tasks[0].time_remaining is None
+    assert "transformer.h.1.attn.c_attn  4 bits" in file.getvalue()

@@ -1,0 +1,180 @@
+"""Predicted against measured peak memory of generations on a CPU, each cell in a process of its own.
+
+A random model at a stated shape, in bfloat16 or with packed linears, generates once. What counts is the largest
+resident set of the process less what it held before the model was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, int]] = {
+    # 0.25 billion parameters, keys and values of every query head, a large vocabulary
+    "mha": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 48000,
+    },
+    # 0.3 billion parameters, grouped-query attention
+    "gqa": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+}
+GRID = [
+    # shape, precision, KV cache, batch, prompt tokens, new tokens
+    ("mha", "bf16", "bf16", 1, 16, 16),
+    ("mha", "bf16", "bf16", 4, 512, 16),
+    ("mha", "bf16", "bf16", 16, 256, 16),
+    ("mha", "bf16", "int8", 4, 512, 16),
+    ("mha", "bf16", "int8", 16, 256, 16),
+    ("mha", "bf16", "int4", 4, 512, 16),
+    ("mha", "int8", "bf16", 1, 16, 4),
+    ("mha", "int8", "bf16", 4, 512, 4),
+    ("mha", "int8", "int8", 4, 512, 4),
+    ("mha", "int4", "bf16", 1, 16, 8),
+    ("mha", "int4", "bf16", 4, 512, 8),
+    ("mha", "int4", "int8", 4, 512, 8),
+    ("mha", "int4", "int8", 1, 2048, 8),
+    ("gqa", "bf16", "bf16", 1, 1024, 16),
+    ("gqa", "bf16", "int8", 1, 1024, 16),
+    ("gqa", "bf16", "bf16", 8, 64, 16),
+    ("gqa", "int8", "int8", 2, 512, 4),
+    ("gqa", "int4", "int8", 4, 256, 4),
+]
+GROUP_SIZE = 128
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def random_model(config: Any, precision: str) -> Any:
+    """A model of this configuration with arbitrary weights, its blocks' linears packed unless they stay bfloat16."""
+    import torch
+    from accelerate import init_empty_weights
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    from qquant.linear import QuantLinear
+    from qquant.models.layouts import block_list, find_layout, linears
+
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if precision != "bf16":
+        for block in block_list(model, find_layout(model, config.model_type)):
+            for name, layer in linears(block).items():
+                path, _, leaf = name.rpartition(".")
+                bits, bias = int(precision.removeprefix("int")), None if layer.bias is None else torch.bfloat16
+                sides = layer.in_features, layer.out_features
+                packed = QuantLinear(*sides, bits=bits, group_size=GROUP_SIZE, bias=bias)
+                packed.qweight.random_()
+                packed.qzeros.fill_(0x77777777 if bits == 4 else 0x7F7F7F7F)
+                packed.scales.fill_(0.001)
+                packed.g_idx.copy_(torch.arange(layer.in_features) // GROUP_SIZE)
+                if packed.bias is not None:
+                    packed.bias.zero_()
+                setattr(block.get_submodule(path), leaf, packed)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                value = torch.empty_like(parameter, device="cpu").normal_(0, 0.02)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def measure(shape: str, precision: Any, kv: Any, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """Generate once in this process and read the meters."""
+    import torch
+    from transformers import Qwen2Config
+
+    import qquant
+    from qquant import kv_cache_quant  # noqa: F401
+    from qquant.footprint import footprint
+    from qquant.shapes import model_shapes
+
+    options: dict[str, Any] = {**SHAPES[shape], "max_position_embeddings": 8192, "tie_word_embeddings": False}
+    config = Qwen2Config(**options)
+    shapes = model_shapes(config)
+    torch.manual_seed(0)
+    before = resident("VmRSS")
+    model = random_model(config, precision)
+    loaded = resident("VmRSS")
+    if kv != "bf16":
+        qquant.enable_kv_quant(model, value_bits=8 if kv == "int8" else 4)
+    ids = torch.randint(0, 1024, (batch, prompt))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options)
+    after, peak = resident("VmRSS"), resident("VmHWM")
+    tensors = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    predicted = footprint(
+        shapes, precision=precision, kv_cache=kv, batch=batch, prompt_tokens=prompt, new_tokens=new, device="cpu",
+        group_size=GROUP_SIZE,
+    )  # fmt: skip
+    return {
+        "cell": [shape, precision, kv, batch, prompt, new],
+        "before": before,
+        "tensors": tensors,
+        "loaded": loaded - before,
+        "after": after - before,
+        "measured": peak - before,
+        "predicted": predicted.model_dump(),
+    }
+
+
+def main() -> None:
+    """Run every cell in a process of its own and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cell", help="measure one cell in this process and print JSON")
+    parser.add_argument("--only", help="only cells whose text contains this")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.cell:
+        shape, precision, kv, *numbers = args.cell.split(",")
+        print(json.dumps(measure(shape, precision, kv, *map(int, numbers))))
+        return
+    # Large tensors outside the heap, so that memory given back is seen to be given back.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    rows = []
+    print("| model | weights | KV | batch | prompt + new | predicted MB | measured MB | deviation |")
+    print("|---|---|---|---|---|---|---|---|")
+    for cell in GRID:
+        name = ",".join(map(str, cell))
+        if args.only and args.only not in name:
+            continue
+        command = [sys.executable, __file__, "--cell", name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        predicted, measured = row["predicted"]["peak_bytes"], row["measured"]
+        shape, precision, kv, batch, prompt, new = cell
+        print(
+            f"| {shape} | {precision} | {kv} | {batch} | {prompt} + {new} | {predicted / 1e6:.1f} | "
+            f"{measured / 1e6:.1f} | {100 * (predicted / measured - 1):+.1f} % |",
+            flush=True,
+        )
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

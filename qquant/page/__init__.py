@@ -1,0 +1,1 @@
+"""Results joined: their tables, Markdown, and one page for a browser."""

@@ -1,0 +1,100 @@
+"""``python -m qquant.plan``: what a model takes in memory and what fits, without its weights and without a GPU.
+
+Only the command line: the recipe is planning.py's, the arithmetic footprint.py's.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qquant.console import user_errors
+from qquant.errors import DoesNotFitError, UsageError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def plan_command(
+    model: Annotated[str, typer.Argument(help="Folder, hub id (config.json is fetched), or a size such as qwen-72b.")],
+    gpu: Annotated[str | None, typer.Option(help="Memory of the card (or machine), as 24GiB or 24GB.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the weights, as bf16,int8,int4.")] = "bf16,int8,int4",
+    kv: Annotated[str, typer.Option(help="Of the KV cache, as bf16,int8,int4 (values in 4 bits).")] = "bf16,int8",
+    batch: Annotated[str, typer.Option(help="Sequences at a time, as 1,4.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option("--prompt-tokens", help="Tokens of the prompt, as 512,2048.")] = "512",
+    new_tokens: Annotated[str, typer.Option("--new-tokens", help="Tokens to generate, as 128,512.")] = "512",
+    group_size: Annotated[int, typer.Option("--group-size", help="Columns that share a scale; -1: the row.")] = 128,
+    samples: Annotated[int, typer.Option(help="Of calibration, for what quantizing takes.")] = 128,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of each.")] = 2048,
+    runtime: Annotated[str, typer.Option(help="qquant, or qwen-2023: the original code.")] = "qquant",
+    device: Annotated[str, typer.Option(help="Where it runs: cuda or cpu.")] = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also make a report folder of it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Predict memory for loading, generating and quantizing. Exit code 3 if nothing fits the stated card."""
+    with user_errors(debug=debug):
+        size = None if gpu is None else _bytes(gpu)
+        from qquant.plan_report import plan_sections
+        from qquant.planning import Question, plan_model, what_would_fit
+        from qquant.publish import Kind, published, refuse_existing
+        from qquant.result_files import write_result
+        from qquant.results import shown_command
+
+        kind = Kind("a report folder", lambda folder: (folder / "report.json").exists())
+        if out is not None:
+            refuse_existing(out, kind, overwrite=overwrite)
+        if device not in ("cpu", "cuda"):
+            raise UsageError(f"--device must be cuda or cpu, got {device!r}")
+        options: dict[str, Any] = {"runtime": runtime, "device": device}  # checked when the question is made
+        question = Question(
+            precisions=_kinds(precision),
+            kv_caches=_kinds(kv),
+            batches=_numbers(batch, "batch"),
+            prompt_tokens=_numbers(prompt_tokens, "prompt-tokens"),
+            new_tokens=_numbers(new_tokens, "new-tokens"),
+            group_size=group_size,
+            samples=samples,
+            seq_len=seq_len,
+            device_bytes=size,
+            **options,
+        )
+        typed = ["python", "-m", "qquant.plan"] if sys.argv[0].endswith("plan.py") else [Path(sys.argv[0]).name]
+        result = plan_model(model, question, command=shown_command([*typed, *sys.argv[1:]]))
+        assert result.plan is not None
+        if out is not None:
+            with published(out, kind, overwrite=overwrite) as staging:
+                write_result(result, staging)
+        shown = result.model_dump_json(indent=2) if as_json else "\n\n".join(plan_sections(result.plan))
+        typer.echo(shown)
+        if (reason := what_would_fit(result.plan)) is not None:
+            raise DoesNotFitError(reason)
+
+
+def _kinds(text: str) -> Any:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"--{option} takes whole numbers with commas between them, as 1,4, got {text!r}") from error
+
+
+def _bytes(text: str) -> int:
+    """``24GiB``, ``24GB`` or a plain number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or not float(found[1]):
+        raise UsageError(f"--gpu must be a size such as 24GiB or 24GB, got {text!r}")
+    return int(float(found[1]) * unit)
+
+
+if __name__ == "__main__":
+    typer.run(plan_command)

@@ -1,0 +1,124 @@
+"""``python -m qquant.profile``: measured memory and speed of models over a grid of precisions, caches and sizes.
+
+Only the command line: the grid is profile_grid.py's, the files result_files.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qquant.console import user_errors
+from qquant.errors import UsageError
+from qquant.journal import journal_of
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def profile_command(
+    out: Annotated[Path, typer.Option(help="Folder to make for the report.")],
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Folders or hub ids, quantized or not.")
+    ] = None,
+    random_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--random-weights", help="Random weights at real shapes: qwen-7b ..., a folder, a config.json; repeatable."
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Of the weights, as bf16,int8,int4; default: a folder's own, bf16 for random weights."),
+    ] = None,
+    kv: Annotated[str, typer.Option(help="Of the KV cache, as bf16,int8,int4; plain: what is computed in.")] = "plain",
+    batch: Annotated[str, typer.Option(help="Sequences at a time, as 1,4,16.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option("--prompt-tokens", help="As 128,2048.")] = "128",
+    new_tokens: Annotated[str, typer.Option("--new-tokens", help="Tokens to generate, as 32,128.")] = "32",
+    warmups: Annotated[int, typer.Option(min=0, help="Generations before those that are timed.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Generations that are timed.")] = 5,
+    group_size: Annotated[int, typer.Option("--group-size", help="Of random int8 and int4 weights.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option("--memory-limit", help="What a cell may take, as 20GiB; default: what is free.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and random weights.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run ended.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measure memory and speed over a grid; cells without memory say so. Only the report's path goes to stdout."""
+    with user_errors(debug=debug):
+        logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+        limit = None if memory_limit is None else _bytes(memory_limit)
+        batches, prompts, news = (
+            _counts(name, text)
+            for name, text in (("batch", batch), ("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens))
+        )
+        from qquant.profile_grid import Grid, profile_models
+        from qquant.progress import quiet_transformers, step_progress
+        from qquant.publish import Kind, published, refuse_existing
+        from qquant.result_files import write_result
+        from qquant.results import shown_command
+
+        kind = Kind("a report folder", lambda folder: (folder / "report.json").exists())
+        refuse_existing(out, kind, overwrite=overwrite)
+        quiet_transformers()
+        grid = Grid(
+            precisions=None if precision is None else _words(precision),
+            kv_caches=_words(kv),
+            batches=batches,
+            prompt_tokens=prompts,
+            new_tokens=news,
+            warmups=warmups,
+            repeats=repeats,
+            seed=seed,
+            threads=threads,
+            group_size=group_size,
+            memory_limit_bytes=limit,
+        )
+        typed = ["python", "-m", "qquant.profile"] if sys.argv[0].endswith("profile.py") else [Path(sys.argv[0]).name]
+        with step_progress() as on_progress:
+            result = profile_models(
+                models or [],
+                [name for text in random_weights or [] for name in _words(text)],
+                grid,
+                journal=journal_of(out),
+                resume=resume,
+                device=device,
+                command=shown_command([*typed, *sys.argv[1:]]),
+                on_progress=on_progress,
+            )
+        with published(out, kind, overwrite=overwrite) as staging:
+            write_result(result, staging)
+        journal_of(out).unlink(missing_ok=True)  # what it kept is published now
+        typer.echo(out / "report.md")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError:
+        raise UsageError(f"--{option} must be whole numbers with commas between them, got {text!r}") from None
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b|)", text.strip(), re.IGNORECASE)
+    unit = found and _UNITS.get(found[2].upper())
+    if not found or not unit:
+        raise UsageError(f"--memory-limit must be a size such as 20GiB or 800MB, got {text!r}")
+    return int(float(found[1]) * unit)
+
+
+if __name__ == "__main__":
+    typer.run(profile_command)

@@ -1,0 +1,151 @@
+"""The shapes of a model, and the bytes that its weights and its KV cache are stored in.
+
+Plain arithmetic, exact to the byte: it must give what linear.py, kv_store.py and a checkpoint really hold. What a run
+takes beyond that is footprint.py's; shapes.py reads shapes off a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qquant.errors import UsageError
+from qquant.records import KVKind, Precision
+
+ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+BITS: dict[str, int] = {"int8": 8, "int4": 4}
+
+RESERVE_AHEAD = 1024
+# Of kv_store.TokenStore and kv_ops; tests hold them against the cache itself.
+_STEP, _GROWTH = 64, 32
+_INT4_GROUP = 32
+_RANGE_BYTES = 4
+"""Scale and zero of one stored vector, float16 each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """One linear layer of a block, by its full name."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool
+    tail: bool
+    """Whether it adds to the residual stream: such a one is cut by inputs over several cards, any other by outputs."""
+
+    @property
+    def weights(self) -> int:
+        """Elements of the matrix."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What one attention layer keeps of every token."""
+
+    heads: int
+    """Of keys and values."""
+    key_dim: int
+    value_dim: int
+    window: int | None
+    """Tokens that a sliding layer sees; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShapes:
+    """All of a model that its memory depends on."""
+
+    model_type: str
+    parameters: int
+    """Elements of all parameters, tied ones once."""
+    linears: tuple[LinearShape, ...]
+    """Those of the blocks, which a quantizer packs, in model order."""
+    caches: tuple[CacheShape, ...]
+    """One per layer with keys and values."""
+    stages: tuple[tuple[int, int], ...]
+    """Of one block: inputs, and outputs together, of the linears that share an input and are solved as one."""
+    largest_tensor: int
+    """Elements of the largest parameter."""
+    hidden: int
+    query_heads: int
+    query_width: int
+    """Query heads times head size."""
+    query_norms: bool
+    """Whether each head of the queries is normalised in float32, as in Qwen3."""
+    vocabulary: int
+    """Rows of the output projection, padding included."""
+    tied: bool
+    """Whether it shares the embedding's memory."""
+    embedding_parameters: int
+    """Elements of the embedding and of the output projection, tied ones once."""
+    positions: int | None
+    """Tokens that the model was made for, as its configuration says."""
+
+
+def packed_bytes(linear: LinearShape, bits: int, group_size: int) -> int:
+    """Bytes of a packed matrix: qweight, qzeros, float16 scales, g_idx; see docs/checkpoint-format.md."""
+    groups = 1 if group_size == -1 else -(-linear.inputs // group_size)
+    zeros_and_scales = groups * linear.outputs * bits // 8 + 2 * groups * linear.outputs
+    return linear.weights * bits // 8 + zeros_and_scales + 4 * linear.inputs
+
+
+def weights_bytes(
+    shapes: ModelShapes, precision: Precision, *, group_size: int = 128, element_bytes: int = 2, skipped: int = 0
+) -> int:
+    """Bytes of a model's tensors, on disk as in memory.
+
+    Args:
+        shapes: of the model.
+        precision: of the blocks' linears; for a plain one of the whole model.
+        group_size: of packed linears.
+        element_bytes: of what is not packed: embeddings, norms, biases.
+        skipped: elements of linears that stay unpacked.
+
+    Raises:
+        UsageError: a precision that there is no formula for.
+    """
+    if precision in ELEMENT_BYTES:
+        return shapes.parameters * ELEMENT_BYTES[precision]
+    if precision not in BITS:
+        raise UsageError(f"memory is predicted for {', '.join([*ELEMENT_BYTES, *BITS])}, got {precision}")
+    unpacked = shapes.parameters - sum(linear.weights for linear in shapes.linears) + skipped
+    return unpacked * element_bytes + sum(packed_bytes(x, BITS[precision], group_size) for x in shapes.linears)
+
+
+def layer_bytes(
+    layer: CacheShape, kv_cache: KVKind, batch: int, prompt_tokens: int, new_tokens: int, reserve: int | None = None
+) -> tuple[int, int]:
+    """Bytes of the keys and of the values of one layer after ``new_tokens``; the newest token is never stored.
+
+    ``int8`` is our cache, ``int4`` ours with values in 4 bits (keys stay at 8), room ahead included; any other is
+    transformers' own, which holds what it needs and not a byte more. ``reserve`` is what our cache was told that it
+    will hold; None: what it holds in the end.
+    """
+    tokens = prompt_tokens + new_tokens - 1
+    if kv_cache in ELEMENT_BYTES:
+        # transformers keeps window - 1 tokens of a sliding layer.
+        kept = tokens if layer.window is None else min(tokens, layer.window - 1)
+        per_token = batch * layer.heads * kept * ELEMENT_BYTES[kv_cache]
+        return per_token * layer.key_dim, per_token * layer.value_dim
+    room = _room(layer, prompt_tokens, tokens, tokens if reserve is None else reserve)
+    vectors = batch * layer.heads * room
+    values = layer.value_dim + _RANGE_BYTES
+    if kv_cache == "int4":
+        values = layer.value_dim // 2 + layer.value_dim // _INT4_GROUP * _RANGE_BYTES
+    # Int8Layer.key_offset: the keys' mean in float32.
+    offset = 4 * batch * layer.heads * layer.key_dim
+    return vectors * (layer.key_dim + _RANGE_BYTES) + offset, vectors * values
+
+
+def _room(layer: CacheShape, prompt_tokens: int, tokens: int, reserve: int) -> int:
+    """Tokens that a ``TokenStore`` has room for once it holds ``tokens``."""
+    if layer.window is not None:
+        reserve = min(reserve, layer.window + _STEP)
+    room = max(_whole_steps(prompt_tokens), min(reserve, prompt_tokens + RESERVE_AHEAD))
+    while room < tokens:
+        room = _whole_steps(max(room + 1, room + room // _GROWTH))
+    return room
+
+
+def _whole_steps(tokens: int) -> int:
+    return -(-tokens // _STEP) * _STEP

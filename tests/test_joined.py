@@ -1,0 +1,267 @@
+"""Results are found, joined where they may be compared and marked where they may not; published cells stand beside."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qquant.errors import BadDataError, UsageError
+from qquant.page import grids as joined_grids
+from qquant.page import models as joined_models
+from qquant.page import scores as joined_scores
+from qquant.page.joined import Joined, Source, find_results, published_size
+from qquant.page.tables import SECTIONS, Table, make_table, markdown_text
+from qquant.results import Data, Result, result_from_json
+from tests.joined_results import (
+    HOSTILE,
+    PARAMETERS_7B,
+    make_accuracy,
+    make_plan_result,
+    make_profile_result,
+    make_result,
+    make_row,
+    make_tasks,
+)
+
+REPORTS = Path(__file__).parent.parent / "reports"
+
+
+def put(folder: Path, result: Result) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(result.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def all_tables(*results: Result) -> list[Table]:
+    return [*joined_scores.tables(results), *joined_models.tables(results), *joined_grids.tables(results)]
+
+
+def joined(*results: Result) -> Joined:
+    sources = tuple(Source(f"results/{place}", result) for place, result in enumerate(results, 1))
+    return Joined(sources, joined_scores.verdicts(results), tuple(all_tables(*results)))
+
+
+def titled(tables: list[Table], start: str) -> Table:
+    return next(table for table in tables if table.title.startswith(start))
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table.body]
+
+
+class TestFinding:
+    def test_every_result_below_the_folders_is_read_once_and_named_without_its_place(self, tmp_path: Path) -> None:
+        put(tmp_path / "runs" / "b", make_result())
+        put(tmp_path / "runs" / "a" / "deep", make_profile_result())
+        found = find_results([tmp_path / "runs", tmp_path / "runs" / "b"])
+        assert [source.name for source in found] == ["runs/a/deep", "runs/b"]
+
+    def test_an_unfinished_folder_is_left_out(self, tmp_path: Path) -> None:
+        put(tmp_path / "runs", make_result())
+        put(tmp_path / "runs" / ".x.partial-12", make_result())
+        assert len(find_results([tmp_path / "runs"])) == 1
+
+    def test_both_schemas_are_read(self) -> None:
+        found = find_results([REPORTS])
+        assert {source.result.schema_version for source in found} >= {1}
+        assert joined(*[source.result for source in found]).tables
+
+    def test_a_folder_that_is_not_there_is_a_usage_error(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="nowhere is not a folder"):
+            find_results([tmp_path / "nowhere"])
+
+    def test_a_folder_without_a_result_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(BadDataError, match=r"report\.json"):
+            find_results([tmp_path])
+
+    def test_a_report_that_is_not_ours_is_named_with_its_first_wrong_field(self, tmp_path: Path) -> None:
+        content = json.loads(make_result().model_dump_json())
+        content["seed"] = "seven"
+        (tmp_path / "report.json").write_text(json.dumps(content))
+        with pytest.raises(BadDataError, match=r"report\.json is not a report of schema 1 or 2: seed"):
+            find_results([tmp_path])
+
+
+class TestComparing:
+    def test_a_baseline_that_two_results_hold_stands_once_with_both_numbers(self) -> None:
+        second = make_result(make_row("qwen", "baseline"), make_row("qwen-int8", bits=8, sha256="d" * 64))
+        table = titled(joined_models.tables([make_result(), second]), "Perplexity")
+        assert [row[:3] for row in texts(table)] == [
+            ["qwen (baseline)", "BF16", "1, 2"],
+            ["qwen-int4", "Int4 gptq, group 128", "1"],
+            ["qwen-int8", "Int8 gptq, group 128", "2"],
+        ]
+        assert not table.notes
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"compute_dtype": "float32"}, r"another dtype \(bfloat16 there, float32 here\)"),
+            ({"data": Data(name="b.txt", sha256="cd" * 32, tokens=9, seq_len=512, stride=256)}, "another text"),
+            ({"data": Data(name="eval.txt", sha256="ab" * 32, tokens=1000, seq_len=64, stride=64)}, "another window"),
+            ({"environment": make_profile_result().environment}, r"another device \(A CPU there, A GPU here\)"),
+        ],
+        ids=["dtype", "text", "windows", "device"],
+    )
+    def test_unlike_results_stand_in_tables_of_their_own_with_the_reason(self, changes: dict, reason: str) -> None:  # type: ignore[type-arg]
+        tables = [t for t in joined_models.tables([make_result(), make_result(**changes)]) if "divergence" in t.title]
+        assert len(tables) == 2
+        assert not tables[0].notes
+        assert re.search(reason, tables[1].notes[0])
+        assert tables[1].notes[0].count("another") == 1
+
+    def test_another_baseline_of_the_same_name_is_another_baseline(self) -> None:
+        other = make_result(make_row("qwen", "baseline", sha256="e" * 64), make_row("qwen-int4"))
+        tables = [table for table in joined_models.tables([make_result(), other]) if "divergence" in table.title]
+        assert (
+            "another baseline (qwen (sha256 bbbbbbbbbbbb) there, qwen (sha256 eeeeeeeeeeee) here)" in tables[1].notes[0]
+        )
+
+    def test_a_score_of_other_shots_is_marked_in_its_column(self) -> None:
+        first = make_result(data=None, tasks=make_tasks())
+        second = make_result(data=None, tasks=make_tasks(shots=5))
+        table = titled(joined_scores.tables([first, second]), "Accuracy by task")
+        marks = [[cell.unlike for cell in row] for row in table.body if row[2].text.startswith("measured")]
+        assert [any(row) for row in marks] == [False, False, True, True]
+        assert texts(table)[2][3].endswith("(1)")
+        assert "MMLU, mark 1: not to be compared with the others of its column: 1000 items, 5 shots" in table.notes[0]
+
+    def test_tasks_of_one_model_from_two_results_share_a_row(self) -> None:
+        tasks = make_tasks()
+        only = {
+            name: tasks.model_copy(update={"scores": tuple(s for s in tasks.scores if s.task == name)})
+            for name in ("mmlu", "gsm8k")
+        }
+        results = [make_result(data=None, tasks=found) for found in only.values()]
+        table = titled(joined_scores.tables(results), "Accuracy by task")
+        assert texts(table)[0] == ["qwen (baseline)", "BF16", "measured [1, 2]", "55.8 ± 1.6", "50.3 ± 1.6"]
+
+
+class TestPublished:
+    def test_readme_scores_stand_beside_a_chat_model_of_the_same_size(self) -> None:
+        table = titled(joined_scores.tables([make_result(data=None, tasks=make_tasks())]), "Accuracy by task")
+        assert ["qwen-7b-chat", "Int4", "Qwen's README", "55.1", "49.7"] in texts(table)
+        assert {cell.origin for cell in table.body[-1]} == {"published"}
+
+    @pytest.mark.parametrize(
+        ("row", "style"),
+        [
+            (make_row("qwen", "baseline", random_weights=True), "chat"),
+            (make_row("qwen", "baseline", parameters=1), "chat"),
+            (make_row("qwen", "baseline", model_type="qwen2"), "chat"),
+            (make_row("qwen", "baseline"), "base"),
+        ],
+        ids=["random_weights", "other_size", "other_family", "base_prompts"],
+    )
+    def test_readme_scores_stand_beside_nothing_else(self, row: object, style: str) -> None:
+        result = make_result(row, data=None, tasks=make_tasks(style=style))  # type: ignore[arg-type]
+        cells = [cell for table in joined_scores.tables([result]) for line in table.body for cell in line]
+        assert not [cell for cell in cells if cell.origin == "published"]
+
+    def test_memory_by_batch_holds_measured_predicted_and_published_with_their_hardware(self) -> None:
+        table = titled(joined_grids.tables([make_profile_result()]), "Memory by batch: qwen-7b, BF16, 1+1024")
+        assert table.head == ("KV cache", "source", "bs=1", "bs=4", "bs=16", "bs=32", "bs=64", "bs=100")
+        rows = {(row[0], row[1].split(",")[0]): row[2:] for row in texts(table)}
+        assert rows["bf16", "measured on A GPU"] == ["15.50", "17.00", "23.00", "31.00", "OOM", "n/a"]
+        assert rows["bf16", "Qwen's README"] == ["16.30", "24.10", "31.70", "48.70", "OOM", "OOM"]
+        assert rows["int8", "Qwen's README"] == ["15.50", "17.20", "22.30", "30.20", "48.20", "72.40"]
+        assert "A100-80G" in next(row[1].text for row in table.body if row[0].origin == "published")
+
+    def test_a_plan_and_a_profile_of_one_model_are_one_table(self) -> None:
+        tables = [t for t in joined_grids.tables([make_profile_result(), make_plan_result()]) if "by batch" in t.title]
+        assert len(tables) == 1
+        sources = [row[1] for row in texts(tables[0])]
+        assert "predicted, qquant [2]" in sources
+        assert "measured on A GPU, random weights [1]" in sources
+
+    def test_the_speed_table_has_the_readme_figure_of_the_same_run_only(self) -> None:
+        table = titled(joined_grids.tables([make_profile_result()]), "Speed and memory")
+        run, speed, memory = (table.head.index(name) for name in (
+            "run", "published speed (tokens/s)", "published memory (GiB)"))  # fmt: skip
+        rows = {row[run]: row for row in texts(table) if row[2] == "bf16"}
+        assert (rows["1 x 1+2048"][speed], rows["1 x 1+2048"][memory]) == ("40.93", "16.99")
+        assert rows["1 x 1+1024"][speed] == "n/a"
+        assert "encoding 2048 tokens" in table.notes[0]
+        assert "Random weights at the model's shapes: qwen-7b." in table.intro
+
+    def test_parameters_and_family_decide_and_not_the_name(self) -> None:
+        assert published_size(make_row("anything", parameters=PARAMETERS_7B)) == "qwen-7b"
+        assert published_size(make_row("qwen-7b", parameters=PARAMETERS_7B + 1)) is None
+
+    def test_speed_is_all_new_tokens_by_the_whole_generation(self) -> None:
+        table = titled(joined_grids.tables([make_profile_result()]), "Speed and memory")
+        # The median of 10.0, 9.9 and 10.5 seconds for 1024 tokens.
+        assert texts(table)[0][table.head.index("speed (tokens/s)")] == "102.40"
+
+
+class TestVerdict:
+    def test_a_verdict_gathers_what_all_results_say_of_a_candidate(self) -> None:
+        (verdict,) = joined_scores.verdicts([make_result(), with_tasks()])
+        assert verdict.label == "qwen-int4"
+        assert verdict.sentence() == (
+            "weights 0.38 of BF16, perplexity +0.10 %, same top-1 95.9 %, "
+            "GSM8K -0.6 points (95 % -2.1..+0.9, 1000 items, may be chance), "
+            "MMLU -4.7 points (95 % -6.1..-3.3, 1000 items)"
+        )
+
+    def test_two_texts_are_told_apart(self) -> None:
+        other = make_result(
+            make_row("qwen", "baseline"),
+            make_row("qwen-int4", accuracy=make_accuracy(12.6, 0.01)),
+            data=Data(name="books.txt", sha256="cd" * 32, tokens=9, seq_len=512, stride=256),
+        )
+        (verdict,) = joined_scores.verdicts([make_result(), other])
+        assert "perplexity +0.10 % (on eval.txt in bfloat16)" in verdict.sentence()
+        assert "perplexity +5.00 % (on books.txt in bfloat16)" in verdict.sentence()
+
+
+def with_tasks() -> Result:
+    rows = make_row("qwen", "baseline", accuracy=None), make_row("qwen-int4", accuracy=None)
+    return make_result(*rows, data=None, tasks=make_tasks())
+
+
+class TestMarkdown:
+    def test_published_numbers_are_italic_and_measured_ones_are_not(self) -> None:
+        text = joined(make_profile_result()).to_markdown()
+        assert "| *16.30* | *24.10* |" in text
+        assert "| 15.50 | 17.00 |" in text
+
+    def test_text_of_a_result_stays_text(self) -> None:
+        result = make_result(make_row(HOSTILE, "baseline"), make_row(f"a|b\n`{HOSTILE}"), command=HOSTILE)
+        text = joined(result).to_markdown()
+        assert not re.search(r"(?<!\\)<", text)
+        assert "\u202e" not in text
+        for line in text.splitlines():
+            if line.startswith("| a"):
+                assert line.startswith("| a\\|b \\`")
+
+    def test_every_result_is_listed_with_its_command(self) -> None:
+        text = joined(make_result(), make_plan_result()).to_markdown()
+        assert "1. results/1: python -m qquant.eval --baseline qwen" in text
+        assert "2. results/2: python -m qquant.plan qwen-7b --gpu 24GiB" in text
+
+    @pytest.mark.parametrize("mark", ["`", "*", "<", "[", "\\"])
+    def test_a_mark_of_markdown_is_escaped(self, mark: str) -> None:
+        assert markdown_text(f"a{mark}b") == f"a\\{mark}b"
+
+
+def test_data_in_one_line_reads_back_as_the_same_results() -> None:
+    results = (make_result(), make_profile_result(), make_plan_result())
+    content = json.loads(joined(*results).to_json())["results"]
+    assert [entry["number"] for entry in content] == [1, 2, 3]
+    assert tuple(result_from_json(json.dumps(entry["result"])) for entry in content) == results
+
+
+def test_a_column_without_a_single_number_is_left_out_and_a_label_is_not() -> None:
+    table = make_table("plan", "t", ("a", "b", "c"), [["", "n/a", "1"], ["", "-", "2"]], labels=1)
+    assert table.head == ("a", "c")
+
+
+def test_every_table_belongs_to_a_section_and_has_rows_as_wide_as_its_head() -> None:
+    for table in all_tables(make_result(), with_tasks(), make_profile_result(), make_plan_result()):
+        assert table.section in SECTIONS
+        assert {len(row) for row in table.body} == {len(table.head)}
+        assert table.labels <= len(table.head)
