@@ -1,22 +1,25 @@
 """How a command ends: an expected error becomes one line on stderr and its documented exit code.
 
-Here too: text from files and models made harmless for a terminal. What a command prints when it succeeds is the
-command's own business.
+Here too: text from files and models made harmless for a terminal, and sizes as people type them. What a command prints
+when it succeeds is the command's own business.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qquant.errors import DiskError, DoesNotFitError, QquantError
+from qquant.errors import DiskError, DoesNotFitError, QquantError, UsageError
 
 INTERRUPTED = 130
 """What a shell reports for a process that Ctrl-C ended: 128 + SIGINT."""
 
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SHOWN = "\n\t"
 # Marks that turn the direction of what follows: text that reads otherwise than it is.
 _TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -57,6 +60,23 @@ def user_errors(*, debug: bool = False) -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         _end(f"out of memory: {error}", DoesNotFitError.exit_code, debug=debug)
+
+
+def size_in_bytes(text: str, option: str) -> int:
+    """A size as people type it, ``24GiB``, ``24GB``, ``800 mb`` or a plain number of bytes.
+
+    Args:
+        text: what was typed.
+        option: where, for the message.
+
+    Raises:
+        UsageError: it is none, or nothing.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or int(float(found[1]) * unit) < 1:
+        raise UsageError(f"{option} must be a size such as 24GiB or 800MB, got {text!r}")
+    return int(float(found[1]) * unit)
 
 
 def _end(message: object, code: int, *, debug: bool) -> None:

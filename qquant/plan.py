@@ -5,18 +5,14 @@ Only the command line: the recipe is planning.py's, the arithmetic footprint.py'
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qquant.console import user_errors
+from qquant.console import size_in_bytes, user_errors
 from qquant.errors import DoesNotFitError, UsageError
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def plan_command(
@@ -39,7 +35,7 @@ def plan_command(
 ) -> None:
     """Predict memory for loading, generating and quantizing. Exit code 3 if nothing fits the stated card."""
     with user_errors(debug=debug):
-        size = None if gpu is None else _bytes(gpu)
+        size = None if gpu is None else size_in_bytes(gpu, "--gpu")
         from qquant.plan_report import plan_sections
         from qquant.planning import Question, plan_model, what_would_fit
         from qquant.publish import Kind, published, refuse_existing
@@ -85,15 +81,6 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
         raise UsageError(f"--{option} takes whole numbers with commas between them, as 1,4, got {text!r}") from error
-
-
-def _bytes(text: str) -> int:
-    """``24GiB``, ``24GB`` or a plain number of bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or not float(found[1]):
-        raise UsageError(f"--gpu must be a size such as 24GiB or 24GB, got {text!r}")
-    return int(float(found[1]) * unit)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,15 @@ Only the command line: the grid is profile_grid.py's, the files result_files.py'
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qquant.console import user_errors
+from qquant.console import size_in_bytes, user_errors
 from qquant.errors import UsageError
 from qquant.journal import journal_of
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def profile_command(
@@ -56,7 +52,7 @@ def profile_command(
     """Measure memory and speed over a grid; cells without memory say so. Only the report's path goes to stdout."""
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-        limit = None if memory_limit is None else _bytes(memory_limit)
+        limit = None if memory_limit is None else size_in_bytes(memory_limit, "--memory-limit")
         batches, prompts, news = (
             _counts(name, text)
             for name, text in (("batch", batch), ("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens))
@@ -110,14 +106,6 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in _words(text))
     except ValueError:
         raise UsageError(f"--{option} must be whole numbers with commas between them, got {text!r}") from None
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b|)", text.strip(), re.IGNORECASE)
-    unit = found and _UNITS.get(found[2].upper())
-    if not found or not unit:
-        raise UsageError(f"--memory-limit must be a size such as 20GiB or 800MB, got {text!r}")
-    return int(float(found[1]) * unit)
 
 
 if __name__ == "__main__":

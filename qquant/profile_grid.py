@@ -126,11 +126,12 @@ def profile_models(
     with resumable(kept, "cells"):
         for number, (target, request) in enumerate(requests, 1):
             key = request.key
-            if key.name not in kept:
-                step = f"cell {number} of {len(requests)}: {key.name}"
-                found = measure_apart(request, partial(on_progress, step))
-                kept.add(key.name, found.model_dump(mode="json"))
-            found = ProfileCell.model_validate_json(json.dumps(kept[key.name]))
+            if key.name in kept:
+                found = ProfileCell.model_validate_json(json.dumps(kept[key.name]))
+            else:
+                found = measure_apart(request, partial(_tell, on_progress, key.name, number, len(requests)))
+                if found.status != "failed":  # a resumed run tries those once more
+                    kept.add(key.name, found.model_dump(mode="json"))
             predicted = _predicted(shapes[key.label][0], request, target)
             cells.append(found.model_copy(update={"predicted": predicted}))
     dtypes = {dtype for target in targets for dtype in target.dtypes}
@@ -141,6 +142,11 @@ def profile_models(
             "compute_dtype": result.compute_dtype if len(dtypes) == 1 else "mixed",
         }
     )
+
+
+def _tell(on_progress: OnProgress, name: str, number: int, cells: int, done: int, steps: int) -> None:
+    """Say how far the whole grid is, in steps; all cells have as many."""
+    on_progress(f"profiling: cell {number} of {cells}, {name}", (number - 1) * steps + done, cells * steps)
 
 
 def _profile(result: Result, grid: Grid, cells: Sequence[ProfileCell]) -> Profile:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from qquant.config import ModuleRecord
 
 OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
+"""(what is being done, how far, of how much); details of one step come after a colon."""
 
 PLAIN_SECONDS = 30.0
 """Between two lines where stderr is no terminal."""
@@ -34,10 +34,10 @@ def step_progress() -> Iterator[OnProgress]:
 
         def on_progress(what: str, done: int, total: int) -> None:
             nonlocal step
-            if what != step:  # the time left of one step says nothing about the next
-                progress.reset(task, total=total, description=what)
-                step = what
-            progress.update(task, completed=done, total=total)
+            if _step(what) != step:  # the time left of one step says nothing about the next
+                progress.reset(task, total=total)
+                step = _step(what)
+            progress.update(task, completed=done, total=total, description=what)
 
         yield on_progress
 
@@ -87,6 +87,11 @@ def _line(console: Console, description: str, total: int | None) -> Iterator[tup
         yield progress, progress.add_task(description, total=total)
 
 
+def _step(what: str) -> str:
+    """The step that a text names: all of it, or what comes before a colon, behind which details may change."""
+    return what.partition(":")[0]
+
+
 def _plain(console: Console) -> OnProgress:
     """A listener that prints a line now and then; short commands print none."""
     shown = began = time.monotonic()
@@ -95,8 +100,8 @@ def _plain(console: Console) -> OnProgress:
     def on_progress(what: str, done: int, total: int) -> None:
         nonlocal shown, began, step, first
         now = time.monotonic()
-        if what != step:
-            step, began, first = what, now, done
+        if _step(what) != step:
+            step, began, first = _step(what), now, done
         if now - shown < PLAIN_SECONDS:
             return
         shown = now

@@ -132,7 +132,7 @@ def evaluate_tasks(
                 shared: dict[str, Any] = {"label": label, "batch_size": batch_size, "finished": finished}
                 shared |= {"on_progress": on_progress}
                 done[label] = [execute(task, model, tokenizers[label], **shared) for task in asked]
-    found = _tasks(asked, done, "lm-eval" if backend == "lm-eval" else "qquant", limit)
+    found = _tasks(asked, done, "lm-eval" if backend == "lm-eval" else "qquant", asking, limit)
     facts: dict[str, Any] = {"rows": rows(folders, identities=hashes, in_memory=kinds), "seed": seed}
     record = finished_result(dtype=compute, device=where, tasks=found, command=command, **facts)
     return record, [item for decisions in done.values() for one in decisions for item in one.items]
@@ -263,7 +263,11 @@ def _loaded(load: Callable[[], Any], label: str, tell: OnProgress) -> Iterator[C
 
 
 def _tasks(
-    asked: Sequence[AskedTask], done: Mapping[str, Sequence[Decisions]], backend: Backend, limit: int | None
+    asked: Sequence[AskedTask],
+    done: Mapping[str, Sequence[Decisions]],
+    backend: Backend,
+    prompt_format: PromptFormat,
+    limit: int | None,
 ) -> Tasks:
     """The section of the record."""
     from qquant.task_report import TaskData, Tasks
@@ -279,6 +283,7 @@ def _tasks(
                     style=task.style,
                     shots=task.shots,
                     backend=backend,
+                    prompt_format=prompt_format,
                     truncated=decisions.truncated,
                     seconds=decisions.seconds,
                 )

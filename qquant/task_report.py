@@ -60,6 +60,8 @@ class TaskScore(Strict):
     shots: int
     metric: Literal["accuracy", "exact_number", "pass_at_1"]
     backend: Literal["qquant", "lm-eval"]
+    prompt_format: Literal["qwen", "lm-eval"]
+    """Whose wording and rules of judging."""
     items: int
     correct: int
     unreadable: int
@@ -248,6 +250,7 @@ def _conditions(tasks: Tasks, names: Sequence[TaskName]) -> list[str]:
             score.style,
             str(score.shots),
             _METRICS[score.metric],
+            score.prompt_format,
             score.backend,
             str(score.items),
             str(score.unreadable),
@@ -257,7 +260,8 @@ def _conditions(tasks: Tasks, names: Sequence[TaskName]) -> list[str]:
         for score in sorted(tasks.scores, key=lambda score: names.index(score.task))
     ]
     head = (
-        "task", "model", "prompts", "shots", "metric", "backend", "items", "unreadable", "truncated", "seconds",
+        "task", "model", "style", "shots", "metric", "prompts", "backend", "items", "unreadable", "truncated",
+        "seconds",
     )  # fmt: skip
     return [
         "### Conditions",

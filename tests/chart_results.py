@@ -141,7 +141,8 @@ def tasks() -> Tasks:
         data=tuple(TaskData(task=name, sha256="0" * 64, items=1000, limit=None) for name in names),
         scores=tuple(
             TaskScore(
-                label=label, task=name, style="base", shots=5, metric="accuracy", backend="qquant", items=1000,
+                label=label, task=name, style="base", shots=5, metric="accuracy", backend="qquant",
+                prompt_format="qwen", items=1000,
                 correct=int(1000 * (right[name] - lost)), unreadable=0, score=right[name] - lost, score_stderr=0.015,
                 group_mean=None, groups=(), truncated=0, seconds=None,
             )

@@ -99,6 +99,7 @@ def make_score(label: str, task: str, correct: int, **changes: Any) -> task_repo
         "shots": 0,
         "metric": "accuracy",
         "backend": "qquant",
+        "prompt_format": "qwen",
         "items": 1000,
         "correct": correct,
         "unreadable": 0,

@@ -265,7 +265,7 @@ REFUSED = {
     "no batch": (["{folder}", "--batch", ","], "--batch"),
     "a batch twice": (["{folder}", "--batch", "1,1"], "repetitions"),
     "a batch in words": (["{folder}", "--batch", "one"], "whole numbers"),
-    "a limit without a size": (["{folder}", "--memory-limit", "much"], "20GiB"),
+    "a limit without a size": (["{folder}", "--memory-limit", "much"], "24GiB"),
 }
 
 

@@ -77,6 +77,15 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(stderr: Callable[[boo
     ]
 
 
+def test_details_behind_a_colon_do_not_begin_a_new_step(stderr: Callable[[bool], io.StringIO], clock: Clock) -> None:
+    file = stderr(False)
+    with progress.step_progress() as tell:
+        for done in range(3):
+            tell(f"profiling: cell {done}", done, 4)
+            clock.seconds += 20
+    assert file.getvalue() == "profiling: cell 2: 2 of 4, 0:00:40 left\n"
+
+
 def test_blocks_are_what_the_time_left_of_a_quantization_is_reckoned_by(
     stderr: Callable[[bool], io.StringIO], clock: Clock
 ) -> None:

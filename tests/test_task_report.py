@@ -19,6 +19,7 @@ def _score(label: str, task: TaskName, correct: int, items: int, **fields: Any) 
         "shots": 5,
         "metric": "accuracy",
         "backend": "qquant",
+        "prompt_format": "qwen",
         "unreadable": 0,
         "score": share,
         "score_stderr": math.sqrt(share * (1 - share) / items),
@@ -115,7 +116,7 @@ def test_conditions_name_data_shots_prompts_and_what_went_wrong() -> None:
     text = _text(_tasks())
     assert "| CMMLU | `0123456789ab…` | 80 | the first 10 of each subject |" in text
     assert "| GSM8K | `0123456789ab…` | 50 | the first 50 |" in text
-    assert "| GSM8K | qwen | base | 8 | exact number | qquant | 50 | 3 | 2 | not measured |" in text
+    assert "| GSM8K | qwen | base | 8 | exact number | qwen | qquant | 50 | 3 | 2 | not measured |" in text
     assert "| CMMLU | qwen-int4 | base | 5 | accuracy | qquant | 80 | 0 | 0 | 12.3 |" in text
 
 

@@ -139,8 +139,8 @@ def _condition(result: Result, score: TaskScore) -> str:
     identity_of_data = f", data sha256 {data.sha256[:12]}" if data else ""
     limit = f" (the first {data.limit}{' of each subject' if score.groups else ''})" if data and data.limit else ""
     return (
-        f"{score.items} items{limit}, {score.shots} shots, {score.backend}, {result.compute_dtype} on "
-        f"{result.environment.device}{identity_of_data}"
+        f"{score.items} items{limit}, {score.shots} shots, {score.prompt_format} prompts, {score.backend}, "
+        f"{result.compute_dtype} on {result.environment.device}{identity_of_data}"
     )
 
 

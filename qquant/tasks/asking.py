@@ -126,7 +126,7 @@ def put(
     truncated, seconds = 0, 0.0
     piece: dict[str, Any]
     for number, batch in enumerate(task.batches):
-        on_progress(f"{name} ({task.style}): {label}", len(found), total)
+        on_progress(f"{name} ({task.style}) of {label}", len(found), total)
         key = f"{label}/{name}/{number}"
         if finished is None or key not in finished:
             ready = model()
@@ -142,7 +142,7 @@ def put(
             items = [TaskItem.model_validate_json(text) for text in piece["items"]]
         truncated += piece["truncated"]
         found.update({item.id: item for item in items})
-    on_progress(f"{name} ({task.style}): {label}", total, total)
+    on_progress(f"{name} ({task.style}) of {label}", total, total)
     ordered = tuple(found[question.id] for question in task.questions)
     return Decisions(ordered, truncated, seconds)
 

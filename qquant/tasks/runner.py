@@ -182,6 +182,9 @@ class _Finite(LogitsProcessor):
 def _generated(model: Any, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[Prompt]) -> list[Reply]:
     """Greedy generation, each row up to its own stop and length."""
     ends = _end_ids(model, tokenizer, chat=bool(questions[0].messages))
+    # A stop that is a special token would never be seen in the text, which is decoded without them.
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    ends |= {special[stop] for stop in questions[0].stops if stop in special}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts], device=model.device)

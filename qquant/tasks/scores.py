@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qquant.errors import UsageError
 from qquant.paired import compare
 from qquant.task_report import TaskComparison, TaskGroup, TaskItem, TaskScore
-from qquant.tasks.items import Metric, Style, TaskName
+from qquant.tasks.items import Metric, PromptFormat, Style, TaskName
 
 METRICS: Mapping[TaskName, Metric] = {
     "mmlu": "accuracy",
@@ -29,6 +29,7 @@ def score_of(
     style: Style,
     shots: int,
     backend: Literal["qquant", "lm-eval"] = "qquant",
+    prompt_format: PromptFormat = "qwen",
     truncated: int,
     seconds: float | None,
 ) -> TaskScore:
@@ -39,6 +40,7 @@ def score_of(
         style: how it was asked.
         shots: worked examples per question.
         backend: who ran it.
+        prompt_format: whose wording and rules.
         truncated: items whose prompt was shortened.
         seconds: that it took.
     """
@@ -57,6 +59,7 @@ def score_of(
         shots=shots,
         metric=METRICS[first.task],
         backend=backend,
+        prompt_format=prompt_format,
         items=len(items),
         correct=correct,
         unreadable=sum(item.answer is None for item in items),
