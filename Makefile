@@ -90,8 +90,9 @@ bench: $(STAMP)-package
 	@for file in benchmarks/bench_vs_gptqmodel.py benchmarks/bench_large.py; do echo "== $$file"; $(PY) $$file || exit 1; done
 
 # Uses the machine's own torch, so it installs nothing. Every GPU benchmark is benchmarks/gpu_*.py and takes --out FILE.
+gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
-	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [m for m in ("torch", "transformers", "pytest") if not u.find_spec(m)]; sys.exit(f"make gpu uses the packages of $(PYTHON) and does not find {missing}; set PYTHON= or PYTHONPATH=" if missing else 0)'
+	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [m for m in "torch transformers accelerate safetensors pydantic typer rich psutil tiktoken jinja2 pytest hypothesis peft".split() if not u.find_spec(m)]; sys.exit(f"make gpu uses the packages of $(PYTHON) and does not find {missing}; set PYTHON=, or PYTHONPATH= to a folder that they were installed into with pip --target" if missing else 0)'
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch " + torch.__version__ + " sees none")'
 	@mkdir -p "$(OUT)"
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -96,7 +96,7 @@ def random_model(config: Any, precision: str) -> Any:
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 value = torch.empty_like(parameter, device="cpu").normal_(0, 0.02)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+                module._parameters[name] = nn.Parameter(value)  # requires gradients, as what from_pretrained loads
     model.tie_weights()
     return model.eval()
 

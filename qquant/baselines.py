@@ -114,6 +114,18 @@ def weights_bytes_of(model: nn.Module, *, stored_dtype: torch.dtype) -> int:
     return total
 
 
+def unlisted_bytes_of(model: nn.Module) -> int:
+    """Bytes that such a model holds beside its parameters and buffers: scales and levels of quantized weights.
+
+    Storage that several modules share, as a table of levels may be, counts once.
+    """
+    storages = {}
+    for tensor in (tensor for module in model.modules() for tensor in _scales(module)):
+        storage = tensor.untyped_storage()
+        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 def _scales(module: nn.Module) -> Iterator[Tensor]:
     """What bitsandbytes keeps beside a quantized weight and a module does not list."""
     weight = getattr(module, "weight", None)

@@ -89,7 +89,7 @@ def evaluate_command(
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Use only the first tokens.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of torch's generators and the needles.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of torch's generators and the needles.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also time prefill and decode.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
@@ -110,9 +110,10 @@ def evaluate_command(
 
         quiet_transformers()
         chosen = dict(ctx.params)
-        typed = ["python", "-m", "qquant.eval"] if sys.argv[0].endswith("eval.py") else [Path(sys.argv[0]).name]
         shared: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed, "threads": threads}
-        shared |= {"journal": journal_of(out), "resume": resume, "command": shown_command([*typed, *sys.argv[1:]])}
+        command = shown_command(sys.argv, module="qquant.eval")
+        journal = journal_of(out)  # now: the current folder, as an output, is another one at the end
+        shared |= {"journal": journal, "resume": resume, "command": command}
         items: list[TaskItem] = []
         with step_progress() as on_progress:
             if measure == "tasks":
@@ -123,7 +124,7 @@ def evaluate_command(
             write_result(report, staging)
             if items:
                 write_items(items, staging)
-        journal_of(out).unlink(missing_ok=True)  # what it kept is published now
+        journal.unlink(missing_ok=True)  # what it kept is published now
         typer.echo(out / "report.md")
 
 
@@ -166,13 +167,25 @@ def _refuse_others_options(ctx: typer.Context, measure: str) -> None:
     """Refuse an unknown measure, and options that were typed and belong to another one."""
     if measure not in MEASURES:
         raise UsageError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
-    for other in MEASURES.keys() - {measure}:
-        for name in sorted({*MEASURES[other]} - {*MEASURES[measure]}):
-            source = ctx.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
+    typed = {
+        name
+        for name in ctx.params
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+    for other, names in MEASURES.items():
+        for name in names:
+            if name in typed and name not in MEASURES[measure]:
                 raise UsageError(
                     f"--{name.replace('_', '-')} belongs to --measure {other}, got --measure {measure}; leave one out"
                 )
+    for name, needed in (("answer_tokens", "answers"), ("kv_tokens", "kv_cache")):
+        if name in typed and not ctx.params[needed]:
+            option, other = (f"--{word.replace('_', '-')}" for word in (name, needed))
+            raise UsageError(
+                f"{option} says how much {other} measures, and {other} was not asked for; leave {option} out"
+            )
+    if ctx.params["bitsandbytes"] is not None and not _words(ctx.params["bitsandbytes"]):
+        raise UsageError("--bitsandbytes must name nf4, llm-int8 or both, got nothing; name one, or leave it out")
     if measure == "tasks" and not _words(ctx.params["tasks"]):
         raise UsageError("--measure tasks needs the tasks to run; give --tasks mmlu,gsm8k")
     if measure == "tasks" and not ctx.params["task_data"]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qquant.calibrate import check_tokenizer
+from qquant.console import printable
 from qquant.errors import BadDataError, UsageError
 from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
 from qquant.shards import DTYPES, CheckpointReader
@@ -96,6 +97,7 @@ def labelled(folders: Sequence[Path]) -> dict[str, Path]:
     for folder in folders:
         place = folder.resolve()
         name = place.parent.parent.name.rpartition("--")[2] if place.parent.name == "snapshots" else place.name
+        name = " ".join(printable(name).split())  # it stands in headings and tables of reports
         number = sum(label == name or label.startswith(f"{name}#") for label in result) + 1
         result[name if number == 1 else f"{name}#{number}"] = folder
     return result

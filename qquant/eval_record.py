@@ -1,6 +1,6 @@
 """The record of an evaluation, put together: a row per model, and the report around them with this moment and machine.
 
-Nothing here loads a model or measures one; what a record is made of is report.py's.
+Nothing here loads a model or measures one; what a record is made of is results.py's.
 """
 
 from __future__ import annotations

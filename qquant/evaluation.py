@@ -8,6 +8,7 @@ all lengths. Every step's own room does the work; the command line is eval.py's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ OnProgress = Callable[[str, int, int], None]
 
 KV_CACHES = ("int8",)
 """What ``kv_cache`` may name."""
+_PROMPT_TOKENS = 64
+"""Of a sample answer's prompt: enough to know what it is about, and short beside the answer."""
 
 
 def evaluate_checkpoints(
@@ -83,7 +86,7 @@ def evaluate_checkpoints(
     """
     from qquant.accuracy import windows
     from qquant.answers import cut_prompts, sample_answers
-    from qquant.baselines import weights_bytes_of
+    from qquant.baselines import unlisted_bytes_of, weights_bytes_of
     from qquant.checkpoint import LOG_NAME
     from qquant.eval_inputs import prompt_length, read_inputs, refuse_below_one, stored_dtype
     from qquant.eval_models import bitsandbytes_labels, fits, identities, loaders, rows
@@ -100,17 +103,21 @@ def evaluate_checkpoints(
         raise UsageError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
     if not candidates and kv_cache is None and not bitsandbytes:
         raise UsageError("an evaluation needs at least one candidate, got none; give --candidate or --kv-cache int8")
-    refuse_below_one(max_tokens=max_tokens, threads=threads, kv_tokens=kv_tokens)
+    refuse_below_one(max_tokens=max_tokens, threads=threads, kv_tokens=kv_tokens, answer_tokens=answer_tokens)
+    prompt_tokens = min(_PROMPT_TOKENS, seq_len)
 
     def check(folders: Iterable[Path]) -> None:
         prompt_length(folders, seq_len)
         for folder in folders if kv_cache else ():
             check_cacheable(read_config(folder))
+        if answers:
+            _refuse_long_answers(map(read_config, folders), prompt_tokens + answer_tokens, answer_tokens)
 
     names = (baseline, *candidates)
     folders, compute, where, ids, digest = read_inputs(
         names, data, seq_len, max_tokens=max_tokens, device=device, dtype=dtype, seed=seed, threads=threads, check=check
     )
+    prompts = cut_prompts(ids, count=answers, prompt_tokens=prompt_tokens) if answers else ()
     kinds = bitsandbytes_labels(folders, bitsandbytes)
     loading, hashes = loaders(folders, kinds, compute, where), identities(folders, on_progress)
     run = {"measure": "accuracy", "models": [*loading], "sha256": hashes, "text": digest, "tokens": len(ids)}
@@ -124,10 +131,12 @@ def evaluate_checkpoints(
     ):
         models, memory = _load(loading, ids[:seq_len], where, on_progress)
         sizes = {label: weights_bytes_of(models[label], stored_dtype=stored) for label in kinds}
+        for label in kinds:
+            held = (memory[label].tensor_bytes or 0) + unlisted_bytes_of(models[label])
+            memory[label] = replace(memory[label], tensor_bytes=held)
         found = _score(models, ids, where, seq_len, stride, on_progress, finished)
         timed = _time(models, ids[:prompt_len], where, on_progress) if prompt_len else {}
-        if answers:
-            prompts = cut_prompts(ids, count=answers, prompt_tokens=min(64, seq_len))
+        if prompts:
             tokenizer = load_tokenizer(folders[next(iter(folders))])
             shown = sample_answers(
                 models, tokenizer, prompts, new_tokens=answer_tokens, device=where, on_progress=on_progress
@@ -211,6 +220,17 @@ def evaluate_long_context(
     return finished_result(
         dtype=compute, device=where, rows=table, long_context=found, data=text, seed=seed, command=command
     )
+
+
+def _refuse_long_answers(configs: Iterable[Any], needed: int, answer_tokens: int) -> None:
+    """Raise UsageError unless prompt and answer fit what every model was made for."""
+    named = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    room = min((int(positions) for positions in named if positions), default=needed)
+    if needed > room:
+        raise UsageError(
+            f"answer_tokens must fit behind a prompt of {needed - answer_tokens} tokens into what the models were "
+            f"made for, {room} tokens, got {answer_tokens}"
+        )
 
 
 def _load(

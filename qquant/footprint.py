@@ -21,10 +21,17 @@ from qquant.stored_bytes import LinearShape as LinearShape
 from qquant.stored_bytes import ModelShapes as ModelShapes
 from qquant.stored_bytes import weights_bytes as weights_bytes
 
-CPU_WARMUP_BYTES = 20_000_000
-"""What a CPU process holds after its first generation beside tensors: code of torch and oneDNN that is paged in when it
-first runs, compiled kernels, stacks of threads. Measured, not derived: resident set after a generation less model and
-cache, 19 to 25 MB over the grid of benchmarks/bench_plan.py (torch 2.13, one thread)."""
+CPU_PROMPT_BYTES, CPU_STEP_BYTES = 16_000_000, 4_000_000
+"""What a CPU process holds beside tensors once the prompt has passed, and what the first decoding step adds: code of
+torch and oneDNN that is paged in when it first runs, compiled kernels, stacks of threads. These five were measured, not
+derived: resident set less model, cache and activations of the reference model, 11 MB, in the cells of docs/plan.md
+(torch 2.13, one thread). Beside a model of 500 MB they are less than 5 %."""
+CPU_CACHE_BYTES, CPU_PACKED_BYTES = 3_000_000, 2_000_000
+"""The same for the Int8 cache's operators, and for packed linears."""
+CPU_PRODUCT_BYTES = 5_000_000
+"""Of the first for oneDNN's products in 16 bits: a model does without whose linears all go through the Int4 kernel."""
+CPU_QUANTIZING_BYTES = 50_000_000
+"""Tokenizer, calibration samples and code that is paged in while a checkpoint is made. Measured: docs/plan.md."""
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 """What torch reserves for cuBLAS on its first product on compute capability 9.0; 8.1 MiB on older cards."""
 CUDA_CONTEXT_BYTES = 2**29
@@ -116,17 +123,17 @@ class _Run:
     def footprint(self) -> Footprint:
         weights = weights_bytes(self.shapes, self.precision, group_size=self.group_size, element_bytes=self.element)
         copies = self._kernel_copies()
-        overhead = CPU_WARMUP_BYTES if self.device == "cpu" else CUBLAS_WORKSPACE_BYTES
         first, last = self._cache(1), self._cache(self.new_tokens)
         early = self.batch * self.prompt_tokens <= INT4_KERNEL_ROWS  # the kernel's copies are made in the prompt's pass
         held = copies if early else 0
-        # (copies of weights, cache, activations) at each moment that can be the peak.
-        found = [(held, first, self._prompt()), (held, first, self._head())]
+        code, later = self._code(), CPU_STEP_BYTES if self.device == "cpu" else 0
+        # (copies of weights, cache, activations, code) at each moment that can be the peak.
+        found = [(held, first, self._prompt(), code), (held, first, self._head(), code)]
         if self.new_tokens > 1:
-            found.append((copies, last, self._decoding()))
+            found.append((copies, last, self._decoding(), code + later))
         if copies and (early or self.new_tokens > 1):
-            found.append((copies, first, self._converting()))
-        copied, cache, activations = max(found, key=sum)
+            found.append((copies, first, self._converting(), code + (0 if early else later)))
+        copied, cache, activations, overhead = max(found, key=sum)
         return Footprint(
             weights_bytes=weights + copied,
             cache_bytes=cache,
@@ -134,6 +141,19 @@ class _Run:
             overhead_bytes=overhead,
             peak_bytes=weights + copied + cache + activations + overhead,
         )
+
+    def _code(self) -> int:
+        """What is neither weights nor cache nor activations: of libraries on a CPU, cuBLAS's on a card."""
+        if self.device == "cuda":
+            return CUBLAS_WORKSPACE_BYTES
+        found = CPU_PROMPT_BYTES
+        if self.kv_cache in BITS:
+            found += CPU_CACHE_BYTES
+        if self.precision in BITS:
+            found += CPU_PACKED_BYTES
+        if self._kernel_copies() and self.batch * self.prompt_tokens <= INT4_KERNEL_ROWS:
+            found -= CPU_PRODUCT_BYTES
+        return found
 
     def _cache(self, new_tokens: int) -> int:
         reserve = self.prompt_tokens + self.new_tokens - 1
@@ -209,17 +229,11 @@ class _Run:
     def _head(self) -> int:
         """Logits of the last position, and their float32 copy in ``generate``.
 
-        On a CPU in 16 bits, torch's matmul takes the last position, cut out of [batch, prompt, hidden], for a batch of
-        products, and oneDNN then copies the output projection once for every sequence. A prompt of one token is not
-        cut, and needs none.
+        Parameters that require gradients, as from_pretrained loads them, are taken for granted. Without, torch's matmul
+        on a CPU would copy the output projection for every sequence: see docs/plan.md.
         """
-        shapes = self.shapes
-        logits = self.batch * shapes.vocabulary * (self.element + 4)
-        residual = 2 * self.batch * self.prompt_tokens * shapes.hidden * self.element
-        copies = 0
-        if self.device == "cpu" and self.element == 2 and self.prompt_tokens > 1:
-            copies = self.batch * shapes.vocabulary * shapes.hidden * self.element
-        return logits + residual + copies
+        logits = self.batch * self.shapes.vocabulary * (self.element + 4)
+        return logits + 2 * self.batch * self.prompt_tokens * self.shapes.hidden * self.element
 
     def _decoding(self) -> int:
         """The last step: one tensor of one layer's cache beside its longer copy, or a linear being dequantized."""
@@ -266,18 +280,27 @@ def _footprint_2023(run: _Run) -> Footprint:
     )
 
 
-def quantizing_bytes(shapes: ModelShapes, *, samples: int, seq_len: int, element_bytes: int = 2) -> tuple[int, int]:
+def quantizing_bytes(
+    shapes: ModelShapes,
+    *,
+    samples: int,
+    seq_len: int,
+    element_bytes: int = 2,
+    device: Literal["cpu", "cuda"] = "cuda",
+) -> tuple[int, int]:
     """What making a checkpoint takes: bytes on the device that computes, and in the machine's memory beside a GPU.
 
-    One block, the activations of all samples, and the largest stage: a Hessian and its inverse in float32, the weights
-    that share it side by side, in float32, and as codes. Before the first block the embedding takes the block's place.
-    See ``walk.Walk``, ``solver.solve``.
+    The largest of three moments. Before the first block: the embedding and the activations of all samples. In the last
+    stage of a block: the block, those activations, and a Hessian and its inverse in float32 with the weights that share
+    it. At the end, when the written folder is proven: the embedding and the output projection of both models, and the
+    logits of one sample from each. See ``walk.Walk``, ``solver.solve``, ``gptq.quantize_checkpoint``.
 
     Args:
         shapes: of the model.
         samples: of calibration.
-        seq_len: tokens of each.
+        seq_len: tokens of each, at most; shorter samples take less.
         element_bytes: of the compute dtype.
+        device: that computes; "cpu" adds what is in its memory beside tensors.
     """
     block = element_bytes * sum(inputs * outputs for inputs, outputs in shapes.stages)
     stream = samples * seq_len * shapes.hidden * element_bytes
@@ -294,5 +317,9 @@ def quantizing_bytes(shapes: ModelShapes, *, samples: int, seq_len: int, element
     passing = 3 * seq_len * inner * element_bytes + 4 * seq_len * shapes.hidden * element_bytes
     computing = block + stream + kept + max(stage, passing)
     embedding = stream + shapes.largest_tensor * element_bytes
+    # torch.isfinite: the magnitudes and three bytes of truth values beside both models' logits.
+    logits = seq_len * shapes.vocabulary * (3 * element_bytes + 3)
+    proving = 2 * shapes.embedding_parameters * element_bytes + logits
+    beside = CPU_QUANTIZING_BYTES if device == "cpu" else 0
     # A tensor as it is stored and as it is computed in, on its way to the device.
-    return max(computing, embedding), 2 * shapes.largest_tensor * element_bytes
+    return max(computing, embedding, proving) + beside, 2 * shapes.largest_tensor * element_bytes

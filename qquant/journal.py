@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qquant.errors import BadDataError, StoppedError, UsageError
+from qquant.errors import BadDataError, DiskError, StoppedError, UsageError
+
+_BEGINNING = b'{"journal": 1, "identity": '
+"""Of every journal: what may be cut off and begun anew."""
 
 
 class Journal:
@@ -32,21 +36,32 @@ class Journal:
             resume: go on with what is there; without a file, begin all the same.
 
         Raises:
-            UsageError: there is a journal and ``resume`` is off, or it is of another run.
+            UsageError: there is a journal and ``resume`` is off, it is of another run, or a run is at work on it.
             BadDataError: the file is no journal.
+            DiskError: it cannot be written.
         """
         self._path = path
         self._pieces: dict[str, Any] = {}
-        mine = json.loads(json.dumps(identity))
-        if path.exists():
+        self._whole_bytes: int | None = None  # to be cut to before anything is added; None: nothing is to be cut
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            os.close(_alone(path))
             if not resume:
                 raise UsageError(
                     f"an earlier run left unfinished work in {path}; go on with --resume, or delete that file"
-                )
-            self._read(mine)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"journal": 1, "identity": mine}, mode="x")
+                ) from None
+            self._read(self._identity)
+            return
+        try:
+            self._append(self._head(), mode="w")
+        except DiskError:
+            with suppress(OSError):  # the first error is the one to tell
+                self.remove()
+            raise
 
     def __contains__(self, key: str) -> bool:
         return key in self._pieces
@@ -58,26 +73,52 @@ class Journal:
         return len(self._pieces)
 
     def add(self, key: str, piece: Any) -> None:
-        """Keep one finished piece, a JSON value, and wait until it is on the disk."""
+        """Keep one finished piece, a JSON value, and wait until it is on the disk; DiskError where it cannot be."""
+        if self._whole_bytes:
+            os.truncate(self._path, self._whole_bytes)
+        elif self._whole_bytes == 0 or not self._path.exists():  # someone may have deleted it under us
+            self._append(self._head(), mode="w")
+        self._whole_bytes = None
         self._append({"key": key, "piece": piece}, mode="a")
         self._pieces[key] = json.loads(json.dumps(piece))
 
     def remove(self) -> None:
-        """Delete the file: the run is done and its result is published."""
-        self._path.unlink()
+        """Delete the file, and the folders that were made for it and hold nothing else."""
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+        for folder in self._made:
+            with suppress(OSError):  # there is something else in it by now
+                folder.rmdir()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep all other runs off the file; raises UsageError where one is at work on it."""
+        lock = _alone(self._path)
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def _head(self) -> dict[str, Any]:
+        return {"journal": 1, "identity": self._identity}
 
     def _append(self, line: Mapping[str, Any], *, mode: str) -> None:
-        with self._path.open(mode, encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with self._path.open(mode, encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise DiskError(
+                f"{self._path} keeps what is finished and cannot be written: {error.strerror or error}; "
+                "mend that, and go on with --resume"
+            ) from error
 
     def _read(self, mine: dict[str, Any]) -> None:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if not whole:  # the process ended within the first line
-            os.truncate(self._path, 0)
-            self._append({"journal": 1, "identity": mine}, mode="a")
+        if not whole and content[: len(_BEGINNING)] == _BEGINNING[: len(content)]:
+            self._whole_bytes = 0  # the process ended within the first line
             return
         try:
             head, *lines = [json.loads(line) for line in whole.splitlines()]
@@ -94,7 +135,7 @@ class Journal:
                 "delete that file to begin anew"
             )
         if len(whole) < len(content):
-            os.truncate(self._path, len(whole))
+            self._whole_bytes = len(whole)
 
 
 @contextmanager
@@ -110,22 +151,56 @@ def kept(path: Path | None, identity: Mapping[str, Any], *, resume: bool, pieces
 
 def journal_of(out: Path) -> Path:
     """Where the journal of a run lies whose result will be the folder ``out``."""
-    return out.with_name(f"{out.name}.unfinished.jsonl")
+    place = out if out.name else out.absolute()  # the current folder has a name only then
+    return place.with_name(f"{place.name}.unfinished.jsonl")
 
 
 @contextmanager
 def resumable(journal: Journal, pieces: str) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into ``StoppedError``, which says how many ``pieces`` are saved and how to go on."""
+    """Keep other runs off a journal, and turn Ctrl-C and SIGTERM into ``StoppedError``.
+
+    It says how many ``pieces`` are saved and how to go on. A journal without any piece is deleted when the run ends by
+    an error: there is nothing to go on with, and the next run need not be told of it.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    listening = threading.current_thread() is threading.main_thread()  # no other thread may listen to signals
+    before = signal.signal(signal.SIGTERM, stop) if listening else None
     try:
-        yield
+        with journal.alone():
+            try:
+                yield
+            except BaseException:
+                if not len(journal):
+                    journal.remove()
+                raise
     except KeyboardInterrupt:
         raise StoppedError(
             f"stopped; {len(journal)} finished {pieces} are saved; the same command with --resume goes on"
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if listening:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _alone(path: Path) -> int:
+    """A descriptor of a journal that no other process holds in this way; the end of a process gives it back.
+
+    Raises:
+        UsageError: another one holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"another run is at work on {path}; wait for its end, or choose another output") from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor

@@ -1,6 +1,6 @@
 """The record of perplexity by sequence length, and the part of a report's Markdown and pictures drawn from it.
 
-Pydantic models only, as in report.py, which holds one of these. How the numbers come about is long_context.py's.
+Pydantic models only, as in results.py, which holds one of these. How the numbers come about is long_context.py's.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ def plan_command(
     model: Annotated[str, typer.Argument(help="Folder, hub id (config.json is fetched), or a size such as qwen-72b.")],
     gpu: Annotated[str | None, typer.Option(help="Memory of the card (or machine), as 24GiB or 24GB.")] = None,
     precision: Annotated[str, typer.Option(help="Of the weights, as bf16,int8,int4.")] = "bf16,int8,int4",
-    kv: Annotated[str, typer.Option(help="Of the KV cache, as bf16,int8,int4 (values in 4 bits).")] = "bf16,int8",
+    kv: Annotated[
+        str, typer.Option(help="Of the KV cache: plain (what is computed in), int8, int4 (values in 4 bits).")
+    ] = "plain,int8",
     batch: Annotated[str, typer.Option(help="Sequences at a time, as 1,4.")] = "1",
     prompt_tokens: Annotated[str, typer.Option("--prompt-tokens", help="Tokens of the prompt, as 512,2048.")] = "512",
     new_tokens: Annotated[str, typer.Option("--new-tokens", help="Tokens to generate, as 128,512.")] = "512",

@@ -48,9 +48,9 @@ class PlanQuantizing(Strict):
     samples: int
     seq_len: int
     device_bytes: int
-    """On the device that computes: one block, its Hessians and the activations that pass through it."""
+    """On the device that computes: activations with one block and its Hessians, or the proof of what was written."""
     ram_bytes: int
-    """In the machine's memory when a GPU computes; on a CPU device_bytes comes on top."""
+    """In the machine's memory when a GPU computes; on a CPU device_bytes is all."""
     disk_bytes: int
     """The written folder's weights."""
 
@@ -70,6 +70,8 @@ class Plan(Strict):
 
     model: str
     parameters: int
+    positions: int | None = None
+    """Tokens that the model was made for; None: its configuration does not say."""
     runtime: Runtime
     group_size: int
     device: Literal["cpu", "cuda"] = "cuda"
@@ -87,25 +89,27 @@ _TITLES = {"cuda": "card", "cpu": "CPU"}
 def plan_sections(plan: Plan) -> list[str]:
     """The Markdown of a plan."""
     where = _TITLES[plan.device]
-    stated = "" if plan.device_bytes is None else f" The {where} has {_gib(plan.device_bytes)} GiB."
+    stated = "" if plan.device_bytes is None else f" The {where} has {_in_its_unit(plan.device_bytes)}."
     runtime = (
         "The runtime is this package on today's transformers."
         if plan.runtime == "qquant"
         else "The runtime is the original code of 2023, which held two caches at its peak."
     )
+    unit = _unit_of([max(cell.footprint.peak_bytes, cell.loading_peak_bytes) for cell in plan.cells])
     return [
         "## Memory of a generation",
         f"{plan.model}: {plan.parameters:,} parameters, packed in groups of {plan.group_size}. {runtime}{stated} "
-        "Predicted, nothing was run. In GiB (2^30 bytes).",
-        _cells_table(plan),
+        f"Predicted, nothing was run. {_SAID[unit]}",
+        _cells_table(plan, unit),
         _peaks_note(plan),
+        *_positions_note(plan),
         *_limits_section(plan),
         *_quantizing_section(plan),
         *_parallel_section(plan),
     ]
 
 
-def _cells_table(plan: Plan) -> str:
+def _cells_table(plan: Plan, unit: int) -> str:
     fits = plan.device_bytes is not None
     head = ["weights", "KV", "batch", "prompt + new", "weights", "cache", "rest", "loading", "peak"]
     body = []
@@ -114,7 +118,7 @@ def _cells_table(plan: Plan) -> str:
         rest = parts.activations_bytes + parts.overhead_bytes
         sizes = (parts.weights_bytes, parts.cache_bytes, rest, cell.loading_peak_bytes, parts.peak_bytes)
         row = [cell.precision, cell.kv_cache, str(cell.batch), f"{cell.prompt_tokens} + {cell.new_tokens}"]
-        row += [_gib(size) for size in sizes]
+        row += [_in(unit, size) for size in sizes]
         body.append(row + ([_yes(cell.fits)] if fits else []))
     return table([*head, "fits"] if fits else head, body)
 
@@ -123,6 +127,13 @@ def _peaks_note(plan: Plan) -> str:
     if plan.device == "cpu":
         return "Peaks leave out what Python and torch hold before the model is there, about 0.4 GiB, which fits counts."
     return "Peaks are what torch's allocator hands out; the CUDA context, about 0.5 GiB, is on top, and fits counts it."
+
+
+def _positions_note(plan: Plan) -> list[str]:
+    longest = max(cell.prompt_tokens + cell.new_tokens for cell in plan.cells)
+    if plan.positions is None or longest <= plan.positions:
+        return []
+    return [f"**{longest:,} tokens are more than the {plan.positions:,} positions that this model was made for.**"]
 
 
 def _limits_section(plan: Plan) -> list[str]:
@@ -142,14 +153,15 @@ def _quantizing_section(plan: Plan) -> list[str]:
     if not plan.quantizing:
         return []
     first = plan.quantizing[0]
+    unit = _unit_of([row.device_bytes for row in plan.quantizing])
     body = [
-        (f"int{row.bits}", str(row.group_size), _gib(row.device_bytes), _gib(row.ram_bytes), _gib(row.disk_bytes))
+        (f"int{row.bits}", str(row.group_size), *(_in(unit, size) for size in _sizes(row, plan)))
         for row in plan.quantizing
     ]
-    head = ("weights", "group", "device", "RAM beside a GPU", "disk")
+    head = ("weights", "group", *(("RAM", "disk") if plan.device == "cpu" else ("card", "RAM", "disk")))
     said = (
-        f"From disk, one block at a time, {first.samples} samples of {first.seq_len} tokens. On a CPU the device is "
-        "the RAM. Python and torch come on top."
+        f"From disk, one block at a time, {first.samples} samples of {first.seq_len} tokens. Python and torch come on "
+        f"top. {_SAID[unit]}"
     )
     return ["## Quantizing it", said, table(head, body)]
 
@@ -158,12 +170,34 @@ def _parallel_section(plan: Plan) -> list[str]:
     if not plan.tensor_parallel:
         return []
     body = [(str(row.ranks), row.precision, _yes(row.fits), row.reason or "") for row in plan.tensor_parallel]
-    said = "Whether every matrix can be cut over so many cards without cutting a head or a group."
+    said = (
+        "Whether every matrix can be cut over so many cards without cutting a head or a group. Key and value heads "
+        "that are fewer than the cards are held more than once."
+    )
     return ["## Tensor parallel", said, table(("cards", "weights", "divides", "first that does not"), body)]
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+def _sizes(row: PlanQuantizing, plan: Plan) -> tuple[int, ...]:
+    if plan.device == "cpu":
+        return row.device_bytes, row.disk_bytes
+    return row.device_bytes, row.ram_bytes, row.disk_bytes
+
+
+_GIB, _MIB = 2**30, 2**20
+_SAID = {_GIB: "In GiB (2^30 bytes).", _MIB: "In MiB (2^20 bytes)."}
+
+
+def _unit_of(sizes: list[int]) -> int:
+    """MiB where GiB would leave every one of them below 1."""
+    return _GIB if max(sizes) >= _GIB else _MIB
+
+
+def _in(unit: int, size: int) -> str:
+    return f"{size / unit:.{2 if unit == _GIB else 1}f}"
+
+
+def _in_its_unit(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB else f"{size / _MIB:.1f} MiB"
 
 
 def _yes(value: bool | None) -> str:

@@ -9,20 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
-from huggingface_hub import hf_hub_download
-from transformers import PretrainedConfig
 
-from qquant.errors import BadModelError, UsageError
+from qquant.errors import UsageError
 from qquant.eval_record import finished_result
 from qquant.footprint import (
     BITS,
     CUDA_CONTEXT_BYTES,
     ELEMENT_BYTES,
     KV_TABLES_REST_BYTES,
-    LinearShape,
     ModelShapes,
     footprint,
     quantizing_bytes,
@@ -35,9 +32,8 @@ from qquant.published import PublishedCell
 from qquant.random_models import config_from_dict
 from qquant.records import KVKind, Precision
 from qquant.results import ModelRow, Result
-from qquant.shapes import model_shapes
-from qquant.sources import BUILD_ERRORS, read_config
-from qquant.text_sources import one_line
+from qquant.shapes import find_config, model_shapes
+from qquant.stored_bytes import uncut
 
 RANKS = (1, 2, 4, 8)
 """Cards that a model is commonly cut over."""
@@ -46,6 +42,10 @@ CPU_PROCESS_BYTES = 370_000_000
 before the model, on the runs of docs/plan.md."""
 _MOST = 1 << 24
 """Where the search for the largest batch or context ends."""
+_MOST_ASKED = 1 << 40
+"""Of any count or group size: far beyond every machine, and its bytes are still numbers that a report can show."""
+PLAIN: Final = "plain"
+"""Names the cache in whatever a model computes in, as in ``qquant profile``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Question:
     """What a plan is asked for; every combination is a cell."""
 
     precisions: tuple[Precision, ...] = ("bf16", "int8", "int4")
-    kv_caches: tuple[KVKind, ...] = ("bf16", "int8")
+    kv_caches: tuple[KVKind | Literal["plain"], ...] = (PLAIN, "int8")
+    """Kinds, or "plain": what is computed in, bf16 for packed weights."""
     batches: tuple[int, ...] = (1,)
     prompt_tokens: tuple[int, ...] = (512,)
     new_tokens: tuple[int, ...] = (512,)
@@ -68,10 +69,17 @@ class Question:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be predicted, before a model is looked at."""
-        for name, values in (("precision", self.precisions), ("kv", self.kv_caches)):
-            known = [*ELEMENT_BYTES, *BITS]
-            if bad := [value for value in values if value not in known]:
-                raise UsageError(f"--{name} takes {', '.join(known)}, got {bad[0]}")
+        known = [*ELEMENT_BYTES, *BITS]
+        for name, values, words in (("precision", self.precisions, known), ("kv", self.kv_caches, [PLAIN, *known])):
+            if bad := [value for value in values if value not in words]:
+                raise UsageError(f"--{name} takes {', '.join(words)}, got {bad[0]!r}")
+        for precision in self.precisions:
+            for kv in self.kv_caches:
+                if kv in ELEMENT_BYTES and precision in ELEMENT_BYTES and kv != precision:
+                    raise UsageError(
+                        f"a cache that is not quantized is kept in what the model computes in, {precision}, got --kv "
+                        f"{kv}; write --kv {PLAIN}"
+                    )
         if self.runtime not in get_args(Runtime):
             raise UsageError(f"--runtime must be one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
         if self.runtime == "qwen-2023" and self.device == "cpu":
@@ -79,8 +87,17 @@ class Question:
         counts = (*self.batches, *self.prompt_tokens, *self.new_tokens, self.samples, self.seq_len)
         if not counts or min(counts) < 1:
             raise UsageError(f"batches, tokens and samples must be at least 1, got {min(counts, default=0)}")
+        if max(*counts, self.group_size) > _MOST_ASKED:
+            raise UsageError(
+                f"batches, tokens, samples and group sizes must be at most 2^40, got {_short(max(counts))}"
+            )
         if self.group_size != -1 and self.group_size < 1:
             raise UsageError(f"--group-size must be -1 (the whole row) or at least 1, got {self.group_size}")
+
+
+def _short(number: int) -> str:
+    text = str(number)
+    return text if len(text) <= 24 else f"a number of {len(text)} digits"
 
 
 def plan_model(model: str, question: Question, *, command: str) -> Result:
@@ -97,12 +114,14 @@ def plan_model(model: str, question: Question, *, command: str) -> Result:
     """
     label, shapes = _find_shapes(model)
     packed = [precision for precision in question.precisions if precision in BITS]
+    _refuse_narrow_heads(shapes, question)
     for precision in packed:
         _refuse_unpackable(shapes, BITS[precision], question.group_size)
     cells = tuple(_cells(shapes, question))
     plan = Plan(
         model=label,
         parameters=shapes.parameters,
+        positions=shapes.positions,
         runtime=question.runtime,
         group_size=question.group_size,
         device=question.device,
@@ -139,51 +158,49 @@ def _find_shapes(model: str) -> tuple[str, ModelShapes]:
     return label, model_shapes(config)
 
 
-def find_config(model: str) -> tuple[str, PretrainedConfig]:
-    """A short name and the configuration of a folder or of a hub's model; no weights are looked at.
-
-    Raises:
-        BadModelError: none, or one that cannot be had without a network.
-    """
-    path = Path(model).expanduser()
-    if model and path.exists():
-        folder = path.parent if path.name == "config.json" else path
-        return folder.resolve().name, read_config(folder)
-    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
-        raise BadModelError(
-            f"a model must be a folder, a hub id owner/name or a size, and {model!r} is none; sizes: {', '.join(SIZES)}"
-        )
-    try:
-        file = Path(hf_hub_download(model, "config.json"))
-    except BUILD_ERRORS as error:
-        raise BadModelError(
-            f"{model} is no local folder, and the hub did not give its config.json: {one_line(error).split('. ')[0]}; "
-            "give a folder that holds one, or a size such as qwen-7b"
-        ) from error
-    return model, read_config(file.parent)
-
-
 def what_would_fit(plan: Plan) -> str | None:
     """None if any cell fits or no card was stated; else one line: how large the smallest is, and what would fit."""
     if plan.device_bytes is None or any(cell.fits for cell in plan.cells):
         return None
     smallest = min(plan.cells, key=lambda cell: _needed(cell, plan.device))
     found = [limit for limit in plan.limits if limit.largest_batch or limit.largest_tokens]
-    cards = -(-_needed(smallest, plan.device) // plan.device_bytes)
-    remedy = f"take a larger one, or {cards} of them; fewer bits, a shorter context and a smaller batch take less"
+    cards = _cards(plan, smallest)
+    remedy = f"take a larger one{cards}; fewer bits, a shorter context and a smaller batch take less"
     if found:
         best = max(found, key=lambda limit: (limit.largest_batch, limit.largest_tokens))
-        kind = f"{best.precision} with a {best.kv_cache} cache"
+        kind = f"{best.precision} with {_article(best.kv_cache)} cache"
         remedy = (
             f"{kind} fits at batch {best.largest_batch}"
             if best.largest_batch
             else f"{kind} fits up to {best.largest_tokens} tokens"
         )
     return (
-        f"nothing fits {plan.device_bytes / 2**30:.2f} GiB: {plan.model} in {smallest.precision} with a "
-        f"{smallest.kv_cache} cache at batch {smallest.batch} and {smallest.prompt_tokens} + {smallest.new_tokens} "
-        f"tokens needs {_needed(smallest, plan.device) / 2**30:.2f} GiB; {remedy}"
+        f"nothing fits {_size(plan.device_bytes)}: {plan.model} in {smallest.precision} with "
+        f"{_article(smallest.kv_cache)} cache at batch {smallest.batch} and {smallest.prompt_tokens} + "
+        f"{smallest.new_tokens} tokens needs {_size(_needed(smallest, plan.device))}; {remedy}"
     )
+
+
+def _cards(plan: Plan, cell: PlanCell) -> str:
+    """How many of the stated cards would hold a cell that one does not, if its matrices can be cut over so many."""
+    if plan.device == "cpu" or plan.device_bytes is None:
+        return ""
+    whole, room = _needed(cell, plan.device) - CUDA_CONTEXT_BYTES, plan.device_bytes - CUDA_CONTEXT_BYTES
+    divides = [row.ranks for row in plan.tensor_parallel if row.precision == cell.precision and row.fits]
+    found = next((ranks for ranks in sorted(divides) if ranks * room >= whole), None)
+    return "" if found is None else f", or {found} of them"
+
+
+def _article(kv: KVKind) -> str:
+    return f"an {kv}" if kv in BITS else f"a {kv}"
+
+
+def _size(size: int) -> str:
+    """In the largest unit that leaves a digit before the point."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} bytes"
 
 
 def published_peak_bytes(cell: PublishedCell) -> int:
@@ -213,11 +230,17 @@ def _cells(shapes: ModelShapes, question: Question) -> list[PlanCell]:
     return [
         _cell(shapes, question, precision, kv, batch, prompt, new)
         for precision in question.precisions
-        for kv in question.kv_caches
+        for kv in _kinds(precision, question)
         for batch in question.batches
         for prompt in question.prompt_tokens
         for new in question.new_tokens
     ]
+
+
+def _kinds(precision: Precision, question: Question) -> list[KVKind]:
+    """The caches of a precision by their own names; "plain" may stand for one that is named as well."""
+    plain: dict[str, KVKind] = {"fp32": "fp32", "fp16": "fp16"}
+    return list(dict.fromkeys(plain.get(precision, "bf16") if kv == PLAIN else kv for kv in question.kv_caches))
 
 
 def _cell(
@@ -269,7 +292,7 @@ def _limits(shapes: ModelShapes, question: Question) -> list[PlanLimit]:
     least_batch, least_new = min(question.batches), min(question.new_tokens)
     found = []
     for precision in question.precisions:
-        for kv in question.kv_caches:
+        for kv in _kinds(precision, question):
 
             def fits(batch: int, prompt: int, new: int, precision: Precision = precision, kv: KVKind = kv) -> bool:
                 return bool(_cell(shapes, question, precision, kv, batch, prompt, new).fits)
@@ -306,7 +329,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
 
 
 def _quantizing(shapes: ModelShapes, question: Question, bits: int) -> PlanQuantizing:
-    device, ram = quantizing_bytes(shapes, samples=question.samples, seq_len=question.seq_len)
+    device, ram = quantizing_bytes(shapes, samples=question.samples, seq_len=question.seq_len, device=question.device)
     precision: Precision = "int8" if bits == 8 else "int4"
     return PlanQuantizing(
         bits=bits,
@@ -317,6 +340,15 @@ def _quantizing(shapes: ModelShapes, question: Question, bits: int) -> PlanQuant
         ram_bytes=ram,
         disk_bytes=weights_bytes(shapes, precision, group_size=question.group_size),
     )
+
+
+def _refuse_narrow_heads(shapes: ModelShapes, question: Question) -> None:
+    widths = [layer.value_dim for layer in shapes.caches if layer.value_dim % 32]
+    if "int4" in question.kv_caches and widths:
+        raise UsageError(
+            f"values in 4 bits share a range per 32 channels, and a head of {shapes.model_type} here has {widths[0]}; "
+            "leave int4 out of --kv"
+        )
 
 
 def _refuse_unpackable(shapes: ModelShapes, bits: int, group_size: int) -> None:
@@ -335,34 +367,8 @@ def _refuse_unpackable(shapes: ModelShapes, bits: int, group_size: int) -> None:
 
 
 def _tensor_parallel(shapes: ModelShapes, precision: Precision, group_size: int, ranks: int) -> PlanTensorParallel:
-    reason = None
-    if shapes.query_heads % ranks:
-        reason = f"{shapes.query_heads} query heads by {ranks}"
-    else:
-        reasons = (_uncut(linear, precision, group_size, ranks) for linear in shapes.linears)
-        reason = next((found for found in reasons if found), None)
+    reason = uncut(shapes, precision, group_size=group_size, ranks=ranks)
     return PlanTensorParallel(ranks=ranks, precision=precision, fits=reason is None, reason=reason)
-
-
-def _uncut(linear: LinearShape, precision: Precision, group_size: int, ranks: int) -> str | None:
-    """Why a matrix cannot be cut: tails along their inputs, in whole groups; others along their outputs."""
-    if ranks == 1:
-        return None
-    if precision not in BITS:
-        side, what = (linear.inputs, "inputs") if linear.tail else (linear.outputs, "outputs")
-        return f"{linear.name}: {side} {what} by {ranks}" if side % ranks else None
-    if linear.tail:
-        groups = 1 if group_size == -1 else linear.inputs // group_size
-        size = linear.inputs if group_size == -1 else group_size
-        if groups % ranks and groups > 1:
-            return f"{linear.name}: {linear.inputs} / {size} = {groups} groups by {ranks}"
-        if linear.inputs % ranks or linear.inputs // ranks * BITS[precision] % 32:
-            return f"{linear.name}: {linear.inputs} inputs in whole words by {ranks}"
-        return None
-    # Zeros are packed along the outputs, so a cut must not divide a word.
-    if linear.outputs % ranks or linear.outputs // ranks * BITS[precision] % 32:
-        return f"{linear.name}: {linear.outputs} outputs in whole words by {ranks}"
-    return None
 
 
 def _row(label: str, shapes: ModelShapes) -> ModelRow:

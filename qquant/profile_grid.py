@@ -27,7 +27,7 @@ from qquant.footprint import ModelShapes, footprint
 from qquant.identity import model_sha256
 from qquant.journal import Journal, resumable
 from qquant.measure import environment
-from qquant.models.sizes import size_config
+from qquant.models.sizes import SIZES, size_config
 from qquant.profile_report import CellKey, CellRequest, Profile, ProfileCell
 from qquant.random_models import BITS, DTYPES, config_from_dict
 from qquant.records import Footprint, KVKind, Precision
@@ -40,6 +40,9 @@ OnProgress = Callable[[str, int, int], None]
 """(what is being done, how far, of how much)."""
 PLAIN = "plain"
 """Names the cache that keeps keys and values in the dtype that a model computes in, whichever that is."""
+
+_MOST_ASKED = 1 << 40
+"""Of any count: far beyond every machine, and its bytes are still numbers that a report can show."""
 
 _FLOAT: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
     torch.float32: "fp32",
@@ -118,6 +121,8 @@ def profile_models(
     targets = _targets(folders, random_weights, grid, place, on_progress)
     requests = [request for target in targets for request in _requests(target, grid, place)]
     shapes = {target.label: _shapes(target) for target in targets}
+    for target in targets:
+        _refuse_group_size(target, shapes[target.label][0])
     rows = _rows(targets, {label: parameters for label, (_, parameters) in shapes.items()})
     if grid.threads is not None:
         torch.set_num_threads(grid.threads)  # as in the cells, and as the record says
@@ -160,6 +165,10 @@ def _profile(result: Result, grid: Grid, cells: Sequence[ProfileCell]) -> Profil
     )
 
 
+def _asked(grid: Grid) -> tuple[str, ...]:
+    return (PLAIN,) if grid.precisions is None else grid.precisions
+
+
 def _check(grid: Grid) -> None:
     """Refuse what no model could be measured with."""
     for option, values, known in (
@@ -169,11 +178,17 @@ def _check(grid: Grid) -> None:
         if unknown := [value for value in values if value not in known]:
             raise UsageError(f"--{option} must be of {', '.join(known)}, got {unknown[0]!r}")
     lists = {"batch": grid.batches, "prompt_tokens": grid.prompt_tokens, "new_tokens": grid.new_tokens}
-    for name, numbers in {**lists, "kv": grid.kv_caches, "precision": grid.precisions or (PLAIN,)}.items():
+    for name, numbers in {**lists, "kv": grid.kv_caches, "precision": _asked(grid)}.items():
         if not numbers or len(set(numbers)) < len(numbers):
             raise UsageError(f"--{name.replace('_', '-')} must be a list without repetitions, got {list(numbers)}")
     refuse_below_one(**{name: min(numbers) for name, numbers in lists.items()})
     refuse_below_one(repeats=grid.repeats, threads=grid.threads, memory_limit=grid.memory_limit_bytes)
+    if (most := max(*sum(lists.values(), ()), grid.repeats, grid.warmups, grid.group_size)) > _MOST_ASKED:
+        raise UsageError(f"batches, tokens, repetitions and group sizes must be at most 2^40, got {most:.3g}")
+    if not -(2**63) <= grid.seed < 2**63:
+        raise UsageError(f"--seed must fit 64 bits, got {grid.seed}")
+    if grid.group_size != -1 and grid.group_size < 1:
+        raise UsageError(f"--group-size must be -1 (the whole row) or at least 1, got {grid.group_size}")
     if grid.warmups < 0:
         raise UsageError(f"--warmups must be at least 0, got {grid.warmups}")
 
@@ -200,6 +215,9 @@ def _targets(
 
 def _stored(names: Sequence[str | Path], grid: Grid, device: torch.device, on_progress: OnProgress) -> Iterator[Target]:
     """Folders, each in the precision that its weights are in, a plain one also as bitsandbytes rounds it."""
+    for name in names:
+        if str(name).lower() in SIZES and not Path(name).exists():
+            raise UsageError(f"{name} is a size and no folder; measure it with --random-weights {name}")
     for label, folder in labelled([resolve_folder(str(name)) for name in names]).items():
         config = read_config(folder)
         dtype = compute_dtype(stored_dtype(folder), device)
@@ -240,7 +258,7 @@ def _random(names: Sequence[str], grid: Grid) -> Iterator[Target]:
             folder = path.parent if path.name == "config.json" else path
             config, label = read_config(folder), folder.resolve().name
         else:
-            config, label = config_from_dict(size_config(name)), name
+            config, label = config_from_dict(size_config(name)), name.lower()
         named = getattr(config, "dtype", None)
         packed = named if named in _FLOAT else torch.bfloat16
         precisions: tuple[Any, ...] = grid.precisions or ("bf16",)
@@ -319,6 +337,18 @@ def _shapes(target: Target) -> tuple[ModelShapes | None, int]:
         _LOG.warning("%s is measured without a prediction: %s", target.label, error)
         return None, sum(parameter.numel() for parameter in model.parameters())
     return shapes, shapes.parameters
+
+
+def _refuse_group_size(target: Target, shapes: ModelShapes | None) -> None:
+    """Random weights are packed in groups that divide every row; a stored folder's are as they are."""
+    if shapes is None or target.folder is not None or target.group_size == -1 or not {*target.precisions} & {*BITS}:
+        return
+    for linear in shapes.linears:
+        if linear.inputs % target.group_size:
+            raise UsageError(
+                f"{linear.name}: --group-size must divide the row length, {target.group_size} does not divide "
+                f"{linear.inputs}"
+            )
 
 
 def _predicted(shapes: ModelShapes | None, request: CellRequest, target: Target) -> Footprint | None:

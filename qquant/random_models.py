@@ -107,7 +107,9 @@ def _allocate(model: Any, device: torch.device) -> None:
     for path, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and f"{path}.{leaf}" not in tied:
-                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                # It requires gradients, as what from_pretrained loads: on a CPU torch takes another way otherwise, and
+                # copies the output projection for every sequence of a prompt.
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device=device))
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = buffer.to(device)

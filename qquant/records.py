@@ -1,6 +1,7 @@
 """What reports are made of: the strict record, the measurements that it stores, and Markdown tables of its fields.
 
-Nothing here measures, and nothing knows what a whole report looks like: that is report.py's and kv_report.py's.
+Nothing here measures, and nothing knows what a whole report looks like: that is results.py's, and a section's is in
+its *_report.py.
 """
 
 from __future__ import annotations
@@ -119,4 +120,5 @@ def shown(value: float | None, spec: str) -> str:
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table; a cell cannot break it."""
     rows = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    lines = [[cell.replace("\n", " ").replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

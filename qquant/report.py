@@ -27,14 +27,15 @@ def report_command(
         refuse_existing(out, kind, overwrite=overwrite)
 
         from qquant.charts.of_results import charts
-        from qquant.page import grids, models, scores
+        from qquant.page import grids, models, plans, scores
         from qquant.page.html import DATA_NAME, page
         from qquant.page.joined import Joined, find_results
 
         sources = find_results(folders)
         results = [source.result for source in sources]
-        tables = [*scores.tables(results), *models.tables(results), *grids.tables(results)]
-        joined = Joined(sources, scores.verdicts(results), tuple(tables))
+        tables = [table for room in (scores, models, grids, plans) for table in room.tables(results)]
+        verdicts = (*scores.verdicts(results), *plans.verdicts(results))
+        joined = Joined(sources, verdicts, tuple(tables))
         data = joined.to_json()
         with published(out, kind, overwrite=overwrite) as staging:
             (staging / "report.html").write_text(page(joined, charts(results), data), encoding="utf-8")

@@ -6,6 +6,7 @@ that was not measured is None. Nothing here measures or draws; files are made of
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ from qquant.task_report import Tasks
 
 SECTIONS = ("kv_cache", "long_context", "answers", "tasks", "profile", "plan")
 """Fields of a ``Result`` that are absent from the JSON of a command that was not asked for them."""
+
+_NAMED = re.compile(r"((?:[\w-]+=)*)(.*)", re.DOTALL)
+"""``--name=`` or ``task=`` in front of a value."""
 
 
 class Data(Strict):
@@ -129,16 +133,22 @@ class Result(Strict):
         return content
 
 
-def shown_command(argv: Sequence[str]) -> str:
-    """A command line as typed, with every absolute path cut to its last component."""
+def shown_command(argv: Sequence[str], *, module: str | None = None) -> str:
+    """A command line as typed, with every absolute path cut to its last component, also in ``--name=PATH``.
+
+    Args:
+        argv: the program and its arguments.
+        module: ``qquant.eval`` and the like, for a program that may have been started as ``python -m`` of it.
+    """
+    program = [Path(argv[0]).name]
+    if module and program == [f"{module.rpartition('.')[2]}.py"]:
+        program = ["python", "-m", module]
     words = []
-    for word in argv:
-        option, equals, value = word.partition("=")
-        path = value if equals and option.startswith("-") else word
-        if path.startswith(("/", "~")) or Path(path).is_absolute():
-            path = Path(path).name or "/"
-        words.append(f"{option}={path}" if equals and option.startswith("-") else path)
-    return shlex.join(words)
+    for word in argv[1:] if module else argv:
+        named, path = _NAMED.fullmatch(word).groups()  # type: ignore[union-attr]
+        absolute = path.startswith(("/", "~")) or Path(path).is_absolute()
+        words.append(named + (Path(path).name or "/") if absolute else word)
+    return shlex.join([*program, *words] if module else words)
 
 
 def ratios_to_baseline(row: ModelRow, baseline: ModelRow) -> Ratios:

@@ -1,6 +1,6 @@
 """The shapes of a model, read off a skeleton without weights that transformers builds from its configuration.
 
-Only this reads them; what they cost in memory is footprint.py's.
+The configuration is a folder's or a hub's. Only this reads shapes; what they cost in memory is footprint.py's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -16,7 +17,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from qquant.errors import BadModelError
 from qquant.footprint import CacheShape, LinearShape, ModelShapes
 from qquant.models.layouts import Layout, block_list, find_layout, linears
-from qquant.sources import skeleton
+from qquant.models.sizes import SIZES
+from qquant.sources import BUILD_ERRORS, read_config, skeleton
+from qquant.text_sources import one_line
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 _TAILS = {"o_proj", "down_proj", "c_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "wo"}
@@ -59,6 +62,30 @@ def model_shapes(config: PretrainedConfig) -> ModelShapes:
         embedding_parameters=sum(embeddings.values()),
         positions=_first(text, "max_position_embeddings"),
     )
+
+
+def find_config(model: str) -> tuple[str, PretrainedConfig]:
+    """A short name and the configuration of a folder or of a hub's model; no weights are looked at.
+
+    Raises:
+        BadModelError: none, or one that cannot be had without a network.
+    """
+    path = Path(model).expanduser()
+    if model and path.exists():
+        folder = path.parent if path.name == "config.json" else path
+        return folder.resolve().name, read_config(folder)
+    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
+        raise BadModelError(
+            f"a model must be a folder, a hub id owner/name or a size, and {model!r} is none; sizes: {', '.join(SIZES)}"
+        )
+    try:
+        file = Path(hf_hub_download(model, "config.json"))
+    except BUILD_ERRORS as error:
+        raise BadModelError(
+            f"{model} is no local folder, and the hub did not give its config.json: {one_line(error).split('. ')[0]}; "
+            "give a folder that holds one, or a size such as qwen-7b"
+        ) from error
+    return model, read_config(file.parent)
 
 
 def _first(config: Any, *names: str) -> int | None:

@@ -27,7 +27,7 @@ from qquant.merging import MergedReader
 from qquant.models.layouts import Layout, block_list, find_layout
 from qquant.models.qwen.modeling import register_qwen
 from qquant.shards import DTYPES, PIECE, CheckpointReader
-from qquant.text_sources import one_line
+from qquant.text_sources import at_home, one_line
 
 _log = logging.getLogger("qquant")
 
@@ -65,7 +65,7 @@ def resolve_folder(name: str) -> Path:
     Raises:
         BadModelError: neither.
     """
-    folder = Path(name).expanduser()
+    folder = at_home(name, BadModelError)
     if name and folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

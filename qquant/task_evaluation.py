@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qquant.errors import BadDataError, UsageError
 from qquant.tasks.items import PromptFormat, Style, TaskName
+from qquant.text_sources import at_home
 
 if TYPE_CHECKING:
     from qquant.results import Result
@@ -96,7 +97,7 @@ def evaluate_tasks(
     from qquant.sources import load_tokenizer, pick_device, resolve_folder
     from qquant.tasks.asking import ask, put, put_with_lm_eval
 
-    names = _checked(tasks, style, prompt_format, backend, allow_code_execution=allow_code_execution)
+    names, harness = _checked(tasks, style, prompt_format, backend, allow_code_execution=allow_code_execution)
     refuse_below_one(limit=limit, batch_size=batch_size, threads=threads)
     where = pick_device(device)
     sources = data if isinstance(data, Mapping) else task_sources(names, [str(data)])
@@ -123,7 +124,7 @@ def evaluate_tasks(
     run: dict[str, Any] = {"measure": "tasks", "models": [*tokenizers], "sha256": hashes, "tasks": names}
     run |= {"questions": [task.sha256() for task in asked], "shots": [task.shots for task in asked], "style": chosen}
     run |= {"limit": limit, "batch_size": batch_size, "prompt_format": asking, "backend": backend}
-    run |= {"dtype": str(compute), "device": where.type, "threads": threads}
+    run |= {"lm_eval": harness, "dtype": str(compute), "device": where.type, "threads": threads}
     execute = put_with_lm_eval if backend == "lm-eval" else put
     done: dict[str, list[Decisions]] = {}
     with kept(journal, run, resume=resume, pieces="batches of items") as finished, fits(_TOO_LARGE):
@@ -155,10 +156,13 @@ def task_sources(tasks: Sequence[str], given: Sequence[str]) -> dict[TaskName, P
     roots = []
     for text in given:
         task, equals, place = text.partition("=")
-        if equals and task in TASKS:
-            places[_known([task])[0]] = place
-        else:
-            roots.append(Path(text).expanduser())
+        if not equals or task not in TASKS:
+            roots.append(Path(text))
+            continue
+        (name,) = _known([task])
+        if not place or name in places:
+            raise UsageError(f"--task-data {name}=PATH must name one place, got {text!r}; name it once")
+        places[name] = place
     if len(roots) > 1:
         raise UsageError(f"the data of tasks is one folder and TASK=PATH for the rest, got {len(roots)} folders")
     for name in names:
@@ -172,6 +176,7 @@ def task_sources(tasks: Sequence[str], given: Sequence[str]) -> dict[TaskName, P
 
 def _inside(root: Path, name: TaskName) -> Path:
     """A task's folder or file in a root folder."""
+    root = at_home(root)
     if not root.is_dir():
         raise BadDataError(f"the data of tasks must be a folder, {root} is none; check the path, or write TASK=PATH")
     called = _FOLDERS.get(name, (name,))
@@ -191,8 +196,8 @@ def _known(tasks: Sequence[str]) -> list[TaskName]:
 
 def _checked(
     tasks: Sequence[str], style: str, prompt_format: str, backend: str, *, allow_code_execution: bool
-) -> list[TaskName]:
-    """The tasks, if all options go together."""
+) -> tuple[list[TaskName], str | None]:
+    """The tasks, if all options go together, and the version of lm-eval that runs them, if it does."""
     names = _known(tasks)
     for option, value, known in (
         ("style", style, ("auto", *get_args(Style))),
@@ -217,8 +222,8 @@ def _checked(
     if backend == "lm-eval":
         from qquant.tasks.lm_eval_backend import require_lm_eval
 
-        require_lm_eval()
-    return names
+        return names, require_lm_eval()
+    return names, None
 
 
 def _style(baseline: Path, tokenizers: Mapping[str, Any], wanted: str) -> Style:

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
-from qquant.errors import BadDataError
+from qquant.errors import BadDataError, QquantError
 
 Kind = Literal["text", "conversations", "messages"]
 
@@ -49,7 +49,7 @@ def read_documents(source: str | Path) -> Iterator[Document]:
     Raises:
         BadDataError: the source is missing or unreadable, or an item has not what it needs; names file and line.
     """
-    path = Path(source).expanduser()
+    path = at_home(source)
     name = str(source) if len(str(source)) <= 200 else str(source)[:200] + "..."
     # os.path and not Path: a name too long for the system is a missing file too, not an OSError.
     if os.path.isdir(path):
@@ -82,6 +82,14 @@ def blocks(pieces: Iterable[str]) -> Iterator[str]:
             held = held[cut:]
     if held:
         yield held
+
+
+def at_home(path: Path | str, error: type[QquantError] = BadDataError) -> Path:
+    """A path with a ``~`` at its beginning followed; raises ``error`` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise error(f"the ~ of {path} must stand for a home folder, and there is none; write the path") from None
 
 
 def one_line(error: BaseException) -> str:

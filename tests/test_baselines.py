@@ -16,7 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qquant.baselines import BitsAndBytesKind, check_bitsandbytes, load_bitsandbytes, weights_bytes_of
+from qquant.baselines import (
+    BitsAndBytesKind,
+    check_bitsandbytes,
+    load_bitsandbytes,
+    unlisted_bytes_of,
+    weights_bytes_of,
+)
 from qquant.checkpoint import load_model
 from qquant.errors import BadModelError, UsageError
 from tests.conftest import Factory
@@ -141,6 +147,22 @@ def test_bytes_are_codes_scales_and_the_rest_as_the_original_stores_it(
     assert weights_bytes_of(model, stored_dtype=torch.bfloat16) == quantized + 2 * rest
     _logits(model)
     assert weights_bytes_of(model, stored_dtype=torch.bfloat16) == quantized + 2 * rest
+
+
+@installed
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_that_no_parameter_lists_are_the_scales(tiny_qwen2: Path, kind: BitsAndBytesKind) -> None:
+    plain: Any = load_model(tiny_qwen2, dtype=torch.float32, device=CPU)
+    weights = [plain.get_submodule(name).weight for name in _linears(plain)]
+    model = load_bitsandbytes(tiny_qwen2, kind, dtype=torch.float32, device=CPU)
+    found = unlisted_bytes_of(model)
+    if kind == "nf4":
+        scales = sum(4 * (w.numel() // BLOCK) for w in weights)
+        assert scales + 4 * 16 <= found <= scales + 4 * 16 * len(weights)  # a table of levels each, or one for all
+    else:
+        assert found == sum(4 * len(w) for w in weights)
+    _logits(model)
+    assert unlisted_bytes_of(model) == found
 
 
 @installed

@@ -50,6 +50,7 @@ FLOORS = {
         "page.html",
         "page.grids",
         "page.models",
+        "page.plans",
         "page.scores",
     },
     3: {

@@ -16,6 +16,7 @@ from qquant.charts.svg import Chart
 from qquant.page import grids as joined_grids
 from qquant.page import html as html_page
 from qquant.page import models as joined_models
+from qquant.page import plans as joined_plans
 from qquant.page import scores as joined_scores
 from qquant.page.html import page
 from qquant.page.joined import Joined, Source
@@ -38,7 +39,12 @@ OTHER = ["The", " cat", " lay", " on", " the", " rug", "."]
 
 def joined(*results: Result) -> Joined:
     sources = tuple(Source(f"results/{place}", result) for place, result in enumerate(results, 1))
-    tables = (*joined_scores.tables(results), *joined_models.tables(results), *joined_grids.tables(results))
+    tables = (
+        *joined_scores.tables(results),
+        *joined_models.tables(results),
+        *joined_grids.tables(results),
+        *joined_plans.tables(results),
+    )
     return Joined(sources, joined_scores.verdicts(results), tables)
 
 
@@ -215,6 +221,34 @@ class TestAnswers:
         assert text.count('class="answer"') == 12
         assert text.index(">Once<") < text.index(">Same<")
         assert "2 more with fewer differences are in the data" in text
+
+    def test_a_long_answer_is_cut_and_says_so(self) -> None:
+        many = [f"w{place} " for place in range(5000)]
+        text = page_of(make_result(answers=make_answers("p" * 9000, many, many)))
+        assert "the same 5000 tokens; the first 400 are shown" in text
+        assert "w399 " in text
+        assert "w400 " not in text
+        assert "p" * 4001 not in text
+
+
+def test_an_endless_name_is_cut_in_its_middle() -> None:
+    found = joined(make_result(make_row("a" * 10_000, "baseline"), make_row("b" * 10_000)))
+    text = page(found, charts([source.result for source in found.sources]), "{}")
+    assert f"<h3>{'b' * 80} … {'b' * 80}</h3>" in text
+
+
+def test_cards_stand_under_what_they_are_compared_with() -> None:
+    text = page_of(make_result(), make_result(make_row("other", "baseline", sha256="e" * 64), make_row("other-int8")))
+    places = [text.index(part) for part in ("<b>qwen</b>", "<h3>qwen-int4</h3>", "<b>other</b>", "<h3>other-int8</h3>")]
+    assert places == sorted(places)
+    assert "<b>Same next token</b>: how often" in text
+
+
+def test_what_is_missing_is_said_with_the_command_that_measures_it() -> None:
+    text = page_of(make_result())
+    assert '<h2 id="missing">Not measured</h2>' in text
+    assert "<dt>Sample answers</dt><dd><code>python -m qquant.eval" in text
+    assert '<span class="option">--answers</span> 3' in text
 
 
 class TestData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 from qquant.errors import BadDataError, UsageError
 from qquant.page import grids as joined_grids
 from qquant.page import models as joined_models
+from qquant.page import plans as joined_plans
 from qquant.page import scores as joined_scores
 from qquant.page.joined import Joined, Source, find_results, published_size
 from qquant.page.tables import SECTIONS, Table, make_table, markdown_text
 from qquant.results import Data, Result, result_from_json
 from tests.joined_results import (
+    GIB,
     HOSTILE,
     PARAMETERS_7B,
     make_accuracy,
@@ -36,7 +39,12 @@ def put(folder: Path, result: Result) -> Path:
 
 
 def all_tables(*results: Result) -> list[Table]:
-    return [*joined_scores.tables(results), *joined_models.tables(results), *joined_grids.tables(results)]
+    return [
+        *joined_scores.tables(results),
+        *joined_models.tables(results),
+        *joined_grids.tables(results),
+        *joined_plans.tables(results),
+    ]
 
 
 def joined(*results: Result) -> Joined:
@@ -63,6 +71,46 @@ class TestFinding:
         put(tmp_path / "runs", make_result())
         put(tmp_path / "runs" / ".x.partial-12", make_result())
         assert len(find_results([tmp_path / "runs"])) == 1
+
+    def test_a_copy_of_a_result_is_named_and_counted_once(self, tmp_path: Path) -> None:
+        put(tmp_path / "runs" / "a", make_result())
+        put(tmp_path / "runs" / "b", make_result())
+        assert [source.name for source in find_results([tmp_path / "runs"])] == ["runs/a (the same: runs/b)"]
+
+    def test_links_that_go_round_end(self, tmp_path: Path) -> None:
+        put(tmp_path / "runs" / "a", make_result())
+        (tmp_path / "runs" / "a" / "again").symlink_to(tmp_path / "runs")
+        (tmp_path / "runs" / "other").symlink_to(tmp_path / "runs" / "a")
+        assert len(find_results([tmp_path / "runs"])) == 1
+
+    def test_a_byte_order_mark_is_read_over(self, tmp_path: Path) -> None:
+        put(tmp_path, make_result())
+        whole = (tmp_path / "report.json").read_bytes()
+        (tmp_path / "report.json").write_bytes(b"\xef\xbb\xbf" + whole)
+        assert find_results([tmp_path])[0].result == make_result()
+
+    def test_a_folder_or_pipe_of_the_name_of_a_report_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "a" / "report.json").mkdir(parents=True)
+        (tmp_path / "b").mkdir()
+        os.mkfifo(tmp_path / "b" / "report.json")
+        with pytest.raises(BadDataError, match="there is none"):
+            find_results([tmp_path])
+
+    def test_a_number_of_hundreds_of_digits_is_refused_by_name(self, tmp_path: Path) -> None:
+        put(tmp_path, make_result())
+        text = (tmp_path / "report.json").read_text()
+        (tmp_path / "report.json").write_text(text.replace("5862000000", "9" * 400))
+        with pytest.raises(BadDataError, match=r"rows\.1\.weights_bytes has 400 digits"):
+            find_results([tmp_path])
+
+    def test_a_folder_whose_name_is_no_utf8_can_be_written_down(self, tmp_path: Path) -> None:
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff"))
+        try:
+            put(folder, make_result())
+        except OSError:
+            pytest.skip("this file system takes no such name")
+        (found,) = find_results([folder])
+        assert found.name == "bad\\xff"
 
     def test_both_schemas_are_read(self) -> None:
         found = find_results([REPORTS])
@@ -139,6 +187,21 @@ class TestComparing:
         table = titled(joined_scores.tables(results), "Accuracy by task")
         assert texts(table)[0] == ["qwen (baseline)", "BF16", "measured [1, 2]", "55.8 ± 1.6", "50.3 ± 1.6"]
 
+    def test_what_one_result_does_not_know_of_a_model_another_fills_in(self) -> None:
+        bare = make_row("qwen-int4", parameters=None, ratios=None)
+        second = make_profile_result(rows=(bare,))
+        table = titled(joined_models.tables([make_result(), second]), "Size of the weights")
+        assert [row[:4] for row in texts(table)] == [
+            ["qwen (baseline)", "BF16", "1", "7,721.32"],
+            ["qwen-int4", "Int4 gptq, group 128", "1, 2", "7,721.32"],
+        ]
+
+    def test_a_model_of_megabytes_beside_one_of_gigabytes_is_not_nothing(self) -> None:
+        small = make_result(make_row("small", "baseline", weights_bytes=11_555_048, sha256="f" * 64))
+        table = titled(joined_models.tables([make_result(), small]), "Size of the weights")
+        assert "weights (MB)" in table.head
+        assert [row[table.head.index("weights (MB)")] for row in texts(table)] == ["15,442.65", "5,862.00", "11.56"]
+
 
 class TestPublished:
     def test_readme_scores_stand_beside_a_chat_model_of_the_same_size(self) -> None:
@@ -177,6 +240,25 @@ class TestPublished:
         assert "predicted, qquant [2]" in sources
         assert "measured on A GPU, random weights [1]" in sources
 
+    def test_predictions_of_two_plans_that_agree_share_a_row(self) -> None:
+        plan = make_plan_result()
+        assert plan.plan
+        longer = [cell.model_copy(update={"new_tokens": 2048}) for cell in plan.plan.cells]
+        second = plan.model_copy(update={"plan": plan.plan.model_copy(update={"cells": (*plan.plan.cells, *longer)})})
+        table = titled(joined_grids.tables([plan, second]), "Memory by length")
+        assert [row[1] for row in texts(table) if row[1].startswith("predicted")] == ["predicted, qquant [1, 2]"]
+
+    def test_what_two_plans_say_alike_stands_once(self) -> None:
+        plan = make_plan_result()
+        other = plan.model_copy(update={"plan": plan.plan and plan.plan.model_copy(update={"device_bytes": 80 * GIB})})
+        tables = joined_plans.tables([plan, other])
+        assert len([table for table in tables if table.title.startswith("Largest qwen-7b on a card")]) == 2
+        (parallel,) = [table for table in tables if table.title.startswith("Tensor parallelism")]
+        assert parallel.intro.endswith("results 1, 2.")
+        assert parallel.head == ("precision", "2 devices", "8 devices")
+        assert texts(parallel) == [["Int4", "yes", "no"]]
+        assert parallel.notes == ("Does not divide (Int4): 86 groups of mlp.c_proj.",)
+
     def test_the_speed_table_has_the_readme_figure_of_the_same_run_only(self) -> None:
         table = titled(joined_grids.tables([make_profile_result()]), "Speed and memory")
         run, speed, memory = (table.head.index(name) for name in (
@@ -202,10 +284,15 @@ class TestVerdict:
         (verdict,) = joined_scores.verdicts([make_result(), with_tasks()])
         assert verdict.label == "qwen-int4"
         assert verdict.sentence() == (
-            "weights 0.38 of BF16, perplexity +0.10 %, same top-1 95.9 %, "
-            "GSM8K -0.6 points (95 % -2.1..+0.9, 1000 items, may be chance), "
-            "MMLU -4.7 points (95 % -6.1..-3.3, 1000 items)"
+            "size 38 % of BF16 (5.86 GB), perplexity +0.10 %, same next token 95.9 %, "
+            "GSM8K −0.6 points (95 %: −2.1 to +0.9, 1,000 items, may be chance), "
+            "MMLU −4.7 points (95 %: −6.1 to −3.3, 1,000 items)"
         )
+
+    def test_a_plan_for_a_card_says_what_fits(self) -> None:
+        (verdict,) = joined_plans.verdicts([make_result(), make_plan_result()])
+        assert (verdict.label, verdict.baseline) == ("qwen-7b", "a card of 24 GiB")
+        assert verdict.sentence() == "BF16 fits (batch to 7, its whole context)"
 
     def test_two_texts_are_told_apart(self) -> None:
         other = make_result(
@@ -221,6 +308,31 @@ class TestVerdict:
 def with_tasks() -> Result:
     rows = make_row("qwen", "baseline", accuracy=None), make_row("qwen-int4", accuracy=None)
     return make_result(*rows, data=None, tasks=make_tasks())
+
+
+class TestMissing:
+    def test_what_no_result_holds_is_named_with_its_command(self) -> None:
+        found = {one.what: one.command for one in joined(make_result()).missing}
+        assert "Divergence from a baseline, error by layer" not in found
+        assert found["Sample answers"].endswith("--answers 3 --out DIR")
+        assert found["What fits a card"].startswith("python -m qquant.plan")
+
+    def test_what_some_result_holds_is_not_missing(self) -> None:
+        full = joined(make_result(tasks=make_tasks()), make_profile_result(), make_plan_result())
+        assert [one.what for one in full.missing] == [
+            "Sample answers", "What a KV cache of 8 bits costs", "Perplexity by length",
+        ]  # fmt: skip
+
+    def test_the_commands_are_ones_that_exist(self) -> None:
+        for one in joined().missing:
+            module, *options = one.command.removeprefix("python -m ").split()
+            source = (Path(__file__).parent.parent / f"{module.replace('.', '/')}.py").read_text()
+            for option in options:
+                name = option.removeprefix("--").replace("-", "_")
+                assert not option.startswith("--") or name in source, one.command
+
+    def test_markdown_tells_of_it_too(self) -> None:
+        assert "- Sample answers, not measured: `python -m qquant.eval" in joined(make_result()).to_markdown()
 
 
 class TestMarkdown:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from qquant.errors import BadDataError, StoppedError, UsageError
+from qquant.errors import BadDataError, DiskError, StoppedError, UsageError
 from qquant.journal import Journal, journal_of, resumable
 
 RUN = {"model": "abc", "limit": 50}
@@ -21,6 +23,12 @@ def path(tmp_path: Path) -> Path:
 
 def test_it_lies_beside_the_result(tmp_path: Path) -> None:
     assert journal_of(tmp_path / "r" / "report") == tmp_path / "r" / "report.unfinished.jsonl"
+
+
+def test_it_lies_beside_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report").mkdir()
+    monkeypatch.chdir(tmp_path / "report")
+    assert journal_of(Path(".")) == tmp_path / "report.unfinished.jsonl"
 
 
 def test_what_was_added_is_there_for_the_next_run(path: Path) -> None:
@@ -69,6 +77,15 @@ def test_a_line_that_was_cut_off_is_dropped_and_can_be_added_again(path: Path, c
     assert Journal(path, RUN, resume=True)["b"] == 2
 
 
+def test_a_file_is_only_read_until_something_is_added(path: Path) -> None:
+    Journal(path, RUN, resume=False).add("a", 1)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"key": "b", "pie')  # by a run that is at work, perhaps
+    before = path.read_bytes()
+    assert len(Journal(path, RUN, resume=True)) == 1
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("content", ["\n", "{}\n", '{"identity": 1}\n', "[]\n", "no\n", '{"identity": {}}\n3\n'])
 def test_a_file_that_is_no_journal_is_refused(path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")
@@ -76,11 +93,28 @@ def test_a_file_that_is_no_journal_is_refused(path: Path, content: str) -> None:
         Journal(path, RUN, resume=True)
 
 
-@pytest.mark.parametrize("content", ["", '{"journal": 1, "iden'], ids=["empty", "cut"])
+@pytest.mark.parametrize("content", ["a note of mine", '{"journal": 2', '{"mine": 1}'])
+def test_a_file_of_another_kind_is_refused_and_left_alone(path: Path, content: str) -> None:
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(BadDataError, match=r"no journal"):
+        Journal(path, RUN, resume=True)
+    assert path.read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("content", ["", '{"journal": 1, "iden', '{"journal": 1, "identity": {"a'])
 def test_a_run_that_ended_within_the_first_line_begins_anew(path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")
     Journal(path, RUN, resume=True).add("a", 1)
     assert Journal(path, RUN, resume=True)["a"] == 1
+
+
+def test_a_file_that_was_deleted_meanwhile_is_a_journal_again(path: Path) -> None:
+    journal = Journal(path, RUN, resume=False)
+    journal.add("a", 1)
+    path.unlink()
+    journal.add("b", 2)
+    again = Journal(path, RUN, resume=True)
+    assert ("a" in again, again["b"]) == (False, 2)
 
 
 def test_nothing_is_left_once_it_is_removed(path: Path) -> None:
@@ -97,3 +131,50 @@ def test_a_stopped_run_says_what_is_saved_and_how_to_go_on(path: Path, number: s
         os.kill(os.getpid(), number)
     assert stopped.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_is_at_work_has_its_journal_alone(path: Path, resume: bool) -> None:
+    journal = Journal(path, RUN, resume=False)
+    with resumable(journal, "cells"), pytest.raises(UsageError, match="another run is at work"):
+        Journal(path, RUN, resume=resume)
+    assert len(Journal(path, RUN, resume=True)) == 0
+
+
+def test_a_run_that_failed_before_any_piece_leaves_nothing(tmp_path: Path) -> None:
+    path = journal_of(tmp_path / "new" / "report")
+    with pytest.raises(BadDataError, match="bad"), resumable(Journal(path, RUN, resume=False), "cells"):
+        raise BadDataError("bad")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_failed_later_keeps_its_pieces(path: Path) -> None:
+    journal = Journal(path, RUN, resume=False)
+    journal.add("a", 1)
+    with pytest.raises(BadDataError, match="bad"), resumable(journal, "cells"):
+        raise BadDataError("bad")
+    assert Journal(path, RUN, resume=True)["a"] == 1
+
+
+def test_a_disk_without_room_for_the_first_line_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qquant.journal.os.fsync", full)
+    with pytest.raises(DiskError, match="No space left on device"):
+        Journal(journal_of(tmp_path / "new" / "report"), RUN, resume=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_can_keep_a_journal_too(path: Path) -> None:
+    def run() -> None:
+        journal = Journal(path, RUN, resume=False)
+        with resumable(journal, "cells"):
+            journal.add("a", 1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert Journal(path, RUN, resume=True)["a"] == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -129,14 +129,14 @@ def test_the_front_keeps_what_no_other_beats_in_both() -> None:
 
 def test_a_model_is_marked_at_its_size_and_divergence_with_its_speed() -> None:
     (chart,) = pareto_charts([result()])
-    assert "qwen-7b-int4: 5.5 GiB, 40 tokens/s, 0.009" in tips(chart)
+    assert "qwen-7b-int4: 5.91 GB, 40 tokens/s, 0.009" in tips(chart)
     assert texts(chart).count("40 tokens/s") == 4
 
 
 def test_the_unquantized_reference_stands_on_zero() -> None:
     chart = pareto_charts([result()])[0]
     assert "0" in texts(chart)
-    assert "qwen-7b: 14.4 GiB, 40 tokens/s, 0" in tips(chart)
+    assert "qwen-7b: 15.5 GB, 40 tokens/s, 0" in tips(chart)
 
 
 def test_scores_are_averaged_only_over_models_with_all_tasks() -> None:
@@ -187,6 +187,36 @@ def test_names_of_linears_are_understood(name: str, place: tuple[str, int] | Non
 
 def test_kinds_follow_a_block_from_first_to_last() -> None:
     assert in_order({"down", "in_proj", "qkv", "o"}) == ["qkv", "o", "down", "in_proj"]
+
+
+def test_a_prediction_far_above_the_measurement_stays_in_the_plot() -> None:
+    for chart in memory_charts([result((), profile=profile(device_gib=1000, off=0.25))]):
+        dashed = [node.get("d", "") for node in tree(chart).iter("path") if node.get("stroke-dasharray") == "5 3"]
+        heights = [float(place.split()[1]) for path in dashed for place in path.strip("M").split("L")]
+        assert min(heights) >= 28  # where the frame begins
+
+
+def test_no_name_lies_on_the_front_of_the_kept_report() -> None:
+    (chart,) = pareto_charts([kept("reference-model")])
+    (front_line,) = [node for node in tree(chart).iter("path") if node.get("stroke-dasharray") == "2 4"]
+    corners = [tuple(map(float, part.split())) for part in front_line.get("d", "").strip("M").split("L")]
+    names = [box for text, box in written(tree(chart)) if "model" in text or "int" in text]
+    for (x, y), (right, down) in pairwise(corners):
+        for step in range(101):
+            place = x + (right - x) * step / 100, y + (down - y) * step / 100
+            assert all(box.gap(place) > 0 for box in names)
+
+
+def test_in_a_crowd_only_the_best_are_named_and_all_are_marked() -> None:
+    crowd = [
+        ROWS[0],
+        *[ROWS[2].model_copy(update={"label": f"m{n}", "weights_bytes": 4 * 10**9 + n}) for n in range(30)],
+    ]
+    (chart,) = pareto_charts([result(crowd)])
+    assert {"m0", "qwen-7b"} <= set(texts(chart))
+    assert not {f"m{number}" for number in range(1, 30)} & set(texts(chart))
+    assert len(tips(chart)) == 31
+    assert "Only the models on that line are named" in chart.caption
 
 
 def test_measured_is_solid_predicted_dashed_and_out_of_memory_crossed() -> None:

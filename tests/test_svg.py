@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from qquant.charts.label_places import Box, place_labels, spread
 from qquant.charts.plot import (
+    LEFT,
+    SMALL,
     Bar,
     Curve,
     Part,
@@ -24,13 +26,15 @@ from qquant.charts.plot import (
 )
 from qquant.charts.scales import (
     Scale,
-    byte_unit,
+    disk_unit,
     doubling_scale,
     linear_scale,
     log_scale,
+    memory_unit,
     nice_step,
     number_text,
     signed_text,
+    tick_text,
 )
 from qquant.charts.svg import (
     SHAPES,
@@ -157,10 +161,25 @@ def test_a_difference_has_a_sign_unless_it_is_zero(value: float, text: str) -> N
     assert signed_text(value) == text
 
 
-def test_bytes_are_gibibytes_from_one_on() -> None:
-    assert byte_unit([2**30]).text(1.5 * 2**30) == "1.5 GiB"
-    assert byte_unit([11_555_048]).text(11_555_048) == "11.6 MB"
-    assert byte_unit([]).name == "MB"
+def test_memory_is_counted_in_powers_of_two() -> None:
+    assert memory_unit([2**30]).text(1.5 * 2**30) == "1.5 GiB"
+    assert memory_unit([11 * 2**20]).text(11 * 2**20) == "11 MiB"
+    assert memory_unit([]).name == "MiB"
+
+
+def test_files_are_counted_in_powers_of_ten() -> None:
+    assert disk_unit([10**9]).text(1.5 * 10**9) == "1.5 GB"
+    assert disk_unit([11_555_048]).text(11_555_048) == "11.6 MB"
+    assert disk_unit([]).name == "MB"
+
+
+TICKS = {12345.6: "12,346", 99_999: "99,999", 1e5: "100k", 2.5e6: "2.5M", -5e5: "−500k", 1e12: "1T", 1e15: "1P"}
+
+
+@pytest.mark.parametrize(("value", "text"), list(TICKS.items()), ids=list(TICKS.values()))
+def test_a_number_beside_an_axis_stays_short(value: float, text: str) -> None:
+    assert tick_text(value) == text
+    assert text_width(text, SMALL) < LEFT - 5  # else it would begin outside the drawing
 
 
 @pytest.mark.parametrize(("rough", "step"), [(0.9, 1), (1, 1), (1.1, 2), (3, 5), (6, 10), (0.03, 0.05)], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -199,6 +200,54 @@ def test_unreadable_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(BadDataError, match="must be"):
         read_task("gsm8k", path)
+
+
+HALVES = {
+    "a question": {"question": "a\ud800", "choices": list("abcd"), "answer": 0},
+    "a choice": {"question": "a", "choices": ["a", "b", "c", "\udfff"], "answer": 0},
+    "a subject": {"question": "a", "choices": list("abcd"), "answer": 0, "subject": "law\ud800"},
+    "a subject of two lines": {"question": "a", "choices": list("abcd"), "answer": 0, "subject": "law\n# logic"},
+}
+
+
+@pytest.mark.parametrize("row", HALVES.values(), ids=HALVES.keys())
+def test_text_that_cannot_be_asked_or_shown_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    write_lines(tmp_path / "test.jsonl", [row])
+    with pytest.raises(BadDataError, match=r"test\.jsonl, line 1: .* mend"):
+        read_task("mmlu", tmp_path)
+
+
+def test_a_name_that_is_no_text_is_refused_as_a_subject(tmp_path: Path) -> None:
+    name = os.fsdecode(b"law\xff_test.csv")
+    try:
+        write_csv(tmp_path / "test" / name, [ROW])
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    with pytest.raises(BadDataError, match="name of a subject"):
+        read_task("mmlu", tmp_path)
+    assert read_task("gsm8k", write_lines(tmp_path / os.fsdecode(b"\xff.jsonl"), [word_problem(1)])).sha256
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out(tmp_path: Path) -> None:
+    write_csv(tmp_path / "test" / "law_test.csv", [ROW])
+    (tmp_path / "test" / "logic_test.csv").symlink_to(tmp_path / "absent.csv")
+    with pytest.raises(BadDataError, match=r"logic_test\.csv: the file must be readable"):
+        read_task("mmlu", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "test/a.jsonl", "items.jsonl"], ids=["part", "in a part", "itself"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(BadDataError, match=r"jsonl: must be a file"):
+        read_task("gsm8k", path if name == "items.jsonl" else tmp_path)
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    write_csv(tmp_path / "test" / "law.csv", [["question", *"abcd", "answer", "Answer"], [*ROW, "D"]])
+    with pytest.raises(BadDataError, match=r"line 1: a column's name must come once, got \['answer'\]"):
+        read_task("cmmlu", tmp_path)
 
 
 def test_missing_data_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_conditions_name_data_shots_prompts_and_what_went_wrong() -> None:
     assert "| CMMLU | `0123456789ab…` | 80 | the first 10 of each subject |" in text
     assert "| GSM8K | `0123456789ab…` | 50 | the first 50 |" in text
     assert "| GSM8K | qwen | base | 8 | exact number | qwen | qquant | 50 | 3 | 2 | not measured |" in text
-    assert "| CMMLU | qwen-int4 | base | 5 | accuracy | qquant | 80 | 0 | 0 | 12.3 |" in text
+    assert "| CMMLU | qwen-int4 | base | 5 | accuracy | qwen | qquant | 80 | 0 | 0 | 12.3 |" in text
 
 
 def test_one_model_alone_is_compared_with_nothing() -> None:

@@ -302,6 +302,16 @@ def test_logits_that_are_not_finite_are_an_error(qwen2: tuple[Any, Any], monkeyp
             answer(model, tokenizer, [asked], batch_size=1)
 
 
+@pytest.mark.parametrize("named", ["<|endoftext|>", [1, None]], ids=["text", "nothing in a list"])
+def test_an_end_of_text_that_is_no_id_is_refused(
+    qwen2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, named: Any
+) -> None:
+    model, tokenizer = qwen2
+    monkeypatch.setattr(model.generation_config, "eos_token_id", named)
+    with pytest.raises(BadModelError, match=r"eos_token_id in generation_config\.json must be an id"):
+        answer(model, tokenizer, [question("One", max_new_tokens=2)], batch_size=1)
+
+
 def test_an_id_without_a_row_is_refused(qwen2: tuple[Any, Any]) -> None:
     def tokenizer(text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [400 + len(text)]}

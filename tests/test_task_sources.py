@@ -33,6 +33,9 @@ SOURCES = {
     "nothing": ([], UsageError, "mmlu needs data"),
     "two roots": (["a", "b"], UsageError, "got 2 folders"),
     "no such folder": (["absent"], BadDataError, "absent is none"),
+    "a place twice": (["mmlu=a", "mmlu=b"], UsageError, "one place, got 'mmlu=b'"),
+    "an empty place": (["mmlu="], UsageError, "one place, got 'mmlu='"),
+    "nobody's home": (["~nobody-of-this-name/data"], BadDataError, "home folder"),
 }
 
 

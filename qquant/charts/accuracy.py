@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from qquant.charts.label_places import Box, place_labels
 from qquant.charts.plot import LEFT, SMALL, draw_axes, plot_frame
-from qquant.charts.scales import ByteUnit, Scale, byte_unit, linear_scale, log_scale, number_text, signed_text
+from qquant.charts.scales import ByteUnit, Scale, disk_unit, linear_scale, log_scale, number_text, signed_text
 from qquant.charts.svg import (
     INK,
     LINE,
@@ -22,6 +22,7 @@ from qquant.charts.svg import (
     Chart,
     Drawing,
     Look,
+    Side,
     clipped,
     look_of,
     short_names,
@@ -37,6 +38,8 @@ _FIGURES = 126.0
 """Room for the numbers beside the differences, user units."""
 _ROOMY = 7
 """So many models have room for two lines each."""
+_CROWD = 14
+"""Of more models than these only those on the front are named."""
 _BOLD = 1.15
 """Bold letters by ordinary ones, in width."""
 _TASKS = {"mmlu": "MMLU", "ceval": "C-Eval", "cmmlu": "CMMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
@@ -127,7 +130,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _pareto_kl(anchor: str, result: Result, models: Sequence[_Model]) -> Chart:
     base = result.rows[0].label
-    unit = byte_unit(model.size_bytes for model in models)
+    unit = disk_unit(model.size_bytes for model in models)
     drawing = Drawing(
         anchor,
         f"Accuracy, size and speed of {base}",
@@ -157,7 +160,7 @@ def _pareto_kl(anchor: str, result: Result, models: Sequence[_Model]) -> Chart:
 
 def _pareto_score(anchor: str, result: Result, models: Sequence[_Model]) -> Chart:
     base = result.rows[0].label
-    unit = byte_unit(model.size_bytes for model in models)
+    unit = disk_unit(model.size_bytes for model in models)
     drawing = Drawing(
         anchor,
         f"Task scores, size and speed of {base}",
@@ -178,10 +181,12 @@ def _pareto_score(anchor: str, result: Result, models: Sequence[_Model]) -> Char
 
 
 def _height(models: Sequence[_Model]) -> float:
-    return 320 + 14 * max(0, len(models) - _ROOMY)
+    return 320 + 14 * max(0, min(len(models), _CROWD) - _ROOMY)
 
 
 def _speed_note(models: Sequence[_Model]) -> str:
+    if len(models) > _CROWD:
+        return " Only the models on that line are named; the table has all."
     if all(model.tokens_per_second is None for model in models) or len(models) > _ROOMY:
         return ""
     return " Below each name: tokens decoded per second, one sequence at a time."
@@ -196,20 +201,27 @@ def _draw_models(
     if len(corners) > 1:
         drawing.line(corners, stroke=MUTED, width=1.5, dash=_DOTTED)
     room = Box(LEFT + 2, 24, WIDTH - LEFT - 10, drawing.height - 24 - 44)
+    named = [point for point in points if len(points) <= _CROWD or (point[0], point[1]) in corners]
     # Where many models crowd, their speeds are left to the tooltips.
-    names = [(clipped(model.name, 170), model.note if len(points) <= _ROOMY else "") for _, _, model in points]
+    names = [(clipped(model.name, 170), model.note if len(points) <= _ROOMY else "") for _, _, model in named]
     sizes = [(_BOLD * max(text_width(name), text_width(note, SMALL)), 27.0 if note else 14.0) for name, note in names]
-    marks = [(x, y) for x, y, _ in points]
-    boxes = place_labels(marks, sizes, room, radius=8, avoided=_along(corners))
-    for (x, y, model), (name, note), box in zip(points, names, boxes, strict=True):
-        if box.gap((x, y)) > 11:
-            drawing.line([(x, y), box.nearest((x, y))], stroke=MUTED, width=0.8)
+    marks = [(x, y) for x, y, _ in named]
+    others = [(x, y) for x, y, _ in points if (x, y) not in marks]
+    boxes = place_labels(marks, sizes, room, radius=8, others=others, avoided=_along(corners))
+    for mark, box in zip(marks, boxes, strict=True):
+        if box.gap(mark) > 11:
+            drawing.line([mark, box.nearest(mark)], stroke=MUTED, width=0.8)
+    for x, y, model in points:
         tip = f"{model.told(unit)}, {number_text(model.worth)}"
         drawing.marker(x, y, model.look.shape, colour=model.look.colour, radius=6, tip=tip)
+    for (x, _, model), (name, note), box in zip(named, names, boxes, strict=True):
+        # Widths are estimates: letters begin, or end, at the side of their mark.
+        side: Side = "end" if box.right < x else "start"
+        edge = box.right - 2 if side == "end" else box.left + 2
         full = model.label if name != model.label else None
-        drawing.text(box.left + 2, box.top + 11, name, bold=True, halo=True, tip=full)
+        drawing.text(edge, box.top + 11, name, side=side, bold=True, halo=True, tip=full)
         if note:
-            drawing.text(box.left + 2, box.top + 24, note, size=SMALL, fill=MUTED, halo=True)
+            drawing.text(edge, box.top + 24, note, side=side, size=SMALL, fill=MUTED, halo=True)
 
 
 def _along(corners: Sequence[tuple[float, float]], step: float = 5) -> list[tuple[float, float]]:
@@ -244,7 +256,7 @@ def _task_chart(anchor: str, result: Result, found: Sequence[TaskComparison]) ->
         height=34 + 24 * len(tasks) + 32 * len(found) + 42,
     )
     ends = [100 * end for one in found for end in (one.ci95_low, one.ci95_high)]
-    x = linear_scale(ends, 8, WIDTH - _FIGURES)
+    x = linear_scale(ends, 18, WIDTH - _FIGURES)
     bottom = drawing.height - 42
     for value in x.ticks(4):
         zero = abs(value) < 1e-9

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 _AWAY = (0.0, 10.0, 22.0, 36.0, 52.0, 70.0)
 """How far beyond its nearest place a label may be moved, user units."""
+_CROSSING = 40.0
+"""What a place on a line costs, in units of moving away."""
+_WRONG = 120.0
+"""The same of a label that is nearer to another mark than to its own."""
 _DIRECTIONS = ((1, 0), (-1, 0), (1, -1), (1, 1), (-1, -1), (-1, 1), (0, -1), (0, 1))
 
 
@@ -130,7 +134,7 @@ def place_labels(
                 crossed = sum(box.gap(place) == 0 for place in avoided)
                 # A label that is nearer to another mark than to its own says the wrong thing.
                 wrong = any(box.gap(place) < box.gap((x, y)) for place in (*points, *others))
-                cost = 100 * outside + 10 * taken + 15 * crossed + 400 * wrong + away + rank * 0.1
+                cost = 100 * outside + 10 * taken + _CROSSING * crossed + _WRONG * wrong + away + rank * 0.1
                 if cost < least:
                     best, least = box, cost
         assert best is not None

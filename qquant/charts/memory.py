@@ -35,7 +35,7 @@ from qquant.charts.plot import (
     plot_frame,
     value_scale,
 )
-from qquant.charts.scales import ByteUnit, Scale, byte_unit, doubling_scale
+from qquant.charts.scales import ByteUnit, Scale, doubling_scale, memory_unit
 from qquant.charts.svg import BAD, CATEGORIES, Chart, Drawing, Look
 from qquant.results import Result
 
@@ -74,13 +74,13 @@ def _grids(result: Result) -> Iterable[tuple[str, list[Cell], int | None]]:
 def _grid_chart(anchor: str, cells: Sequence[Cell], limit: int | None, *, along: str, kind: str) -> Chart | None:
     chosen = [cell for cell in slice_of(cells, along) if cell.peak_bytes or cell.out_of_memory] if cells else []
     values = sorted({getattr(cell, along) for cell in chosen})
-    peaks = [cell.peak_bytes for cell in chosen if cell.peak_bytes]
+    peaks = [peak for cell in chosen for peak in (_measured(cell), _predicted(cell)) if peak]
     if len(values) < 2 or not peaks:
         return None
     # A far-away limit would press all curves to the ground.
     stopped = any(cell.out_of_memory for cell in chosen)
     limit = limit if limit and (stopped or limit < 1.5 * max(peaks)) else None
-    unit = byte_unit(peaks)
+    unit = memory_unit(peaks)
     curves = _curves(chosen, along, unit)
     what = "batch" if along == "batch" else "length"
     fixed = chosen[0].text if along == "batch" else f"batch {chosen[0].batch}"
@@ -201,7 +201,7 @@ def parts_charts(results: Sequence[Result]) -> list[Chart]:
             continue
         largest = max((cell.tokens, -cell.batch) for cell in cells)
         chosen = [cell for cell in cells if (cell.tokens, -cell.batch) == largest]
-        unit = byte_unit(cell.peak_bytes or 0 for cell in chosen)
+        unit = memory_unit(cell.peak_bytes or 0 for cell in chosen)
         bars = [_parts_bar(cell, unit) for cell in chosen if cell.predicted]
         drawing = Drawing(
             f"memory-parts-{number}",

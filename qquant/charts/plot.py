@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qquant.charts.label_places import spread
-from qquant.charts.scales import Scale, linear_scale, log_scale, number_text
+from qquant.charts.scales import Scale, linear_scale, log_scale, tick_text
 from qquant.charts.svg import INK, LINE, MUTED, PANEL, WIDTH, Drawing, Look, clipped, text_width
 
 SMALL = 12.0
@@ -65,8 +65,8 @@ def draw_axes(
     x_title: str,
     y_title: str,
     x_ticks: Sequence[float] | None = None,
-    x_text: NumberText = number_text,
-    y_text: NumberText = number_text,
+    x_text: NumberText = tick_text,
+    y_text: NumberText = tick_text,
     x_grid: bool = False,
 ) -> None:
     """Draw a light grid, numbers at the ticks and what they mean; only ``drawing`` is changed."""

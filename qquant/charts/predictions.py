@@ -11,7 +11,7 @@ from typing import get_args
 from qquant.charts.grid_cells import KV_SHAPES, PRECISIONS, Cell, names_of, profile_cells
 from qquant.charts.label_places import Box, place_labels
 from qquant.charts.plot import SMALL, draw_axes, draw_legend, plot_frame, value_scale
-from qquant.charts.scales import byte_unit, linear_scale, signed_text
+from qquant.charts.scales import linear_scale, memory_unit, signed_text
 from qquant.charts.svg import GOOD, MUTED, Chart, Drawing, Look, text_width
 from qquant.records import KVKind
 from qquant.results import Result
@@ -42,7 +42,7 @@ def difference(cell: Cell) -> float:
 
 
 def _prediction_chart(anchor: str, cells: Sequence[Cell]) -> Chart:
-    unit = byte_unit(cell.measured_bytes or 0 for cell in cells)
+    unit = memory_unit(cell.measured_bytes or 0 for cell in cells)
     pairs = [
         (c.measured_bytes / unit.size, c.predicted.peak_bytes / unit.size)
         for c in cells

@@ -9,9 +9,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
+_GB, _MB = 10**9, 10**6
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STEPS = (1.0, 2.0, 5.0)
+_THOUSANDS = "kMGTP"
+"""Thousand, million and so on, as written behind a number."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,15 @@ def number_text(value: float) -> str:
     return sign + (f"{size:,.0f}" if size >= 1000 else f"{size:.3g}" if size < 999.5 else "1,000")
 
 
+def tick_text(value: float) -> str:
+    """A number beside an axis, where room is short: from 100,000 on in thousands, millions and so on."""
+    size = abs(value)
+    if size < 99_999.5:
+        return number_text(value)
+    power = min(int(math.log10(size) / 3 + 1e-9), len(_THOUSANDS))
+    return f"{number_text(value / 1000.0**power)}{_THOUSANDS[power - 1]}"
+
+
 def signed_text(value: float, digits: int = 1) -> str:
     """A difference with its sign and a fixed number of decimals."""
     shown = f"{abs(value):.{digits}f}"
@@ -124,6 +136,11 @@ class ByteUnit:
         return f"{number_text(count / self.size)} {self.name}"
 
 
-def byte_unit(counts: Iterable[float]) -> ByteUnit:
-    """GiB from one GiB on, as the tables of Qwen count, else millions, as this report's tables do."""
-    return ByteUnit("GiB", _GIB) if max(counts, default=0) >= _GIB else ByteUnit("MB", 10**6)
+def memory_unit(counts: Iterable[float]) -> ByteUnit:
+    """GiB from one GiB on, as the tables of Qwen count, else MiB."""
+    return ByteUnit("GiB", _GIB) if max(counts, default=0) >= _GIB else ByteUnit("MiB", _MIB)
+
+
+def disk_unit(counts: Iterable[float]) -> ByteUnit:
+    """GB from one GB on, else MB, as disks count and the table of sizes does."""
+    return ByteUnit("GB", _GB) if max(counts, default=0) >= _GB else ByteUnit("MB", _MB)

@@ -1,7 +1,7 @@
-"""Tables of grids joined: speed and memory by model and precision, memory by batch and by length, and what fits.
+"""Tables of grids joined: speed and memory by model and precision, memory by batch and by length.
 
 In the form of Qwen's README, its own cells beside ours and marked with their hardware. How a cell is measured or
-predicted is profile_report.py's and plan_report.py's to say; nothing here knows HTML.
+predicted is profile_report.py's and plan_report.py's to say, what fits a card plans.py's; nothing here knows HTML.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import get_args
 
 from qquant.page.joined import published_size
-from qquant.page.tables import NOT_KNOWN, PRECISIONS, Cell, Origin, Table, make_table, number
-from qquant.plan_report import Plan, PlanCell
+from qquant.page.tables import NOT_KNOWN, PRECISIONS, Cell, Origin, Table, make_table, number, size_text, unit_of
+from qquant.plan_report import PlanCell
 from qquant.profile_report import CellKey, CellSpeed, Profile, ProfileCell
 from qquant.published import KV_CACHE, SPEED_MEMORY, PublishedCell
 from qquant.records import KVKind, Precision
 from qquant.results import ModelRow, Result
 
-_GIB, _MIB = 2**30, 2**20
+_GIB = 2**30
 _MILLI = 1e3
 _KINDS = get_args(KVKind)
 _STATUS = {"out-of-memory": "OOM", "failed": "failed"}
@@ -36,7 +36,9 @@ class _Point:
     prompt_tokens: int
     new_tokens: int
     source: str
-    """Hardware, or what predicted it, with the number of the result."""
+    """Hardware, or what predicted it."""
+    place: int | None
+    """Number of the result; None for what is published."""
     origin: Origin
     peak_bytes: float | None
     status: str
@@ -46,7 +48,7 @@ class _Point:
 def tables(results: Sequence[Result]) -> list[Table]:
     """Every table that the results have cells for; results are numbered from 1 in their order."""
     points = [point for place, result in enumerate(results, 1) for point in _points(place, result)]
-    return [*_speeds(results), *_by_batch(points), *_by_length(points), *_plans(results), *_failures(results)]
+    return [*_speeds(results), *_by_batch(points), *_by_length(points), *_failures(results)]
 
 
 def _points(place: int, result: Result) -> Iterator[_Point]:
@@ -57,19 +59,29 @@ def _points(place: int, result: Result) -> Iterator[_Point]:
         where = (key.label, key.precision, key.kv_cache, *_run(key))
         status = _STATUS.get(cell.status, NOT_KNOWN)
         drawn = ", random weights" if row and row.random_weights else ""
-        yield _Point(*where, f"measured on {env.device}{drawn} [{place}]", "measured", cell.measured_peak_bytes, status)
+        yield _Point(*where, f"measured on {env.device}{drawn}", place, "measured", cell.measured_peak_bytes, status)
         if cell.predicted:
-            yield _Point(*where, f"predicted [{place}]", "predicted", cell.predicted.peak_bytes, NOT_KNOWN)
-        yield from _published_points(key.label, row, key.precision, key.kv_cache)
+            yield _Point(*where, "predicted", place, "predicted", cell.predicted.peak_bytes, NOT_KNOWN)
+    yield from _beside_profile(result)
     if result.plan is None:
         return
     model = result.plan.model.replace("\\", "/").rstrip("/").rpartition("/")[2]
     row = result.rows[0] if result.rows else None
     for planned in result.plan.cells:
         where = (model, planned.precision, planned.kv_cache, *_run(planned))
-        source = f"predicted, {result.plan.runtime} [{place}]"
-        yield _Point(*where, source, "predicted", planned.footprint.peak_bytes, NOT_KNOWN)
-        yield from _published_points(model, row, planned.precision, planned.kv_cache)
+        source = f"predicted, {result.plan.runtime}"
+        yield _Point(*where, source, place, "predicted", planned.footprint.peak_bytes, NOT_KNOWN)
+    runs = [_run(planned) for planned in result.plan.cells]
+    for precision, kv_cache in dict.fromkeys((planned.precision, planned.kv_cache) for planned in result.plan.cells):
+        yield from _published_points(model, row, precision, kv_cache, runs)
+
+
+def _beside_profile(result: Result) -> Iterator[_Point]:
+    rows = {row.label: row for row in result.rows}
+    keys = [cell.key for cell in result.profile.cells] if result.profile else []
+    for label, precision, kv_cache in dict.fromkeys((key.label, key.precision, key.kv_cache) for key in keys):
+        runs = [_run(key) for key in keys if key.label == label]
+        yield from _published_points(label, rows.get(label), precision, kv_cache, runs)
 
 
 def _run(cell: CellKey | PlanCell | PublishedCell) -> tuple[int, int, int]:
@@ -83,11 +95,21 @@ def _published(row: ModelRow | None, precision: Precision, kv_cache: str) -> lis
     return [cell for cell in cells if (cell.model, cell.precision, cell.kv_cache) == (name, precision, kv_cache)]
 
 
-def _published_points(model: str, row: ModelRow | None, precision: Precision, kv_cache: str) -> Iterator[_Point]:
+def _same_memory(ours: tuple[int, int, int], theirs: tuple[int, int, int]) -> bool:
+    """As many tokens of prompt and answer at the end, the README's one more or less: the peak is that of the last."""
+    return abs(sum(ours[1:]) - sum(theirs[1:])) <= 1
+
+
+def _published_points(
+    model: str, row: ModelRow | None, precision: Precision, kv_cache: str, runs: Sequence[tuple[int, int, int]]
+) -> Iterator[_Point]:
+    """Published cells of a model, each at the place of our run that ends with as many tokens, where there is one."""
     for found in _published(row, precision, kv_cache):
+        alike = [run for run in runs if _same_memory(run, _run(found))]
         size = None if found.memory_gib is None else found.memory_gib * _GIB
-        where = (model, precision, kv_cache, *_run(found))
-        yield _Point(*where, f"Qwen's README, {found.hardware}", "published", size, "OOM")
+        run = (found.batch, *alike[0][1:]) if alike and _run(found) not in runs else _run(found)
+        where = (model, precision, kv_cache, *run)
+        yield _Point(*where, f"Qwen's README, {found.hardware}", None, "published", size, "OOM")
 
 
 def _speeds(results: Sequence[Result]) -> Iterator[Table]:
@@ -107,18 +129,19 @@ def _name_and_run(cell: ProfileCell) -> list[str | Cell]:
 
 def _readme_table(place: int, result: Result, profile: Profile, where: str) -> Table:
     rows = {row.label: row for row in result.rows}
-    unit, scale = _unit([cell.measured_peak_bytes for cell in profile.cells if cell.measured_peak_bytes is not None])
+    unit, scale = unit_of([cell.measured_peak_bytes for cell in profile.cells if cell.measured_peak_bytes is not None])
     body, beside = [], []
     for cell in profile.cells:
         key, stopped = cell.key, _STATUS.get(cell.status)
         own = _published(rows.get(key.label), key.precision, key.kv_cache)
-        theirs = next((found for found in own if _run(found) == _run(key)), None)
+        same_batch = [found for found in own if found.batch == key.batch and _same_memory(_run(key), _run(found))]
+        theirs = next((found for found in own if _run(found) == _run(key)), next(iter(same_batch), None))
         beside += [theirs] if theirs else []
         predicted = None if cell.predicted is None else cell.predicted.peak_bytes
         body.append([
             *_name_and_run(cell), stopped or number(_generated(cell), ",.2f"),
-            stopped or _size(cell.measured_peak_bytes, scale), Cell(_size(predicted, scale), "predicted"),
-            *_beside(theirs, scale),
+            stopped or size_text(cell.measured_peak_bytes, scale), Cell(size_text(predicted, scale), "predicted"),
+            *_beside(theirs, scale, same_run=theirs is not None and _run(theirs) == _run(key)),
         ])  # fmt: skip
     peak = "of torch's allocator" if result.environment.driver else "the resident memory that the model added"
     intro = (
@@ -158,11 +181,13 @@ def _detail_table(place: int, result: Result, profile: Profile, where: str) -> I
         yield make_table("speed", title, head, body, labels=4, intro=intro)
 
 
-def _beside(theirs: PublishedCell | None, scale: int) -> list[Cell]:
+def _beside(theirs: PublishedCell | None, scale: int, *, same_run: bool) -> list[Cell]:
+    """Their speed only for the very same run; their memory for one that ends with as many tokens."""
     if theirs is None:
         return [Cell(NOT_KNOWN, "published")] * 3
-    memory = "OOM" if theirs.memory_gib is None else _size(theirs.memory_gib * _GIB, scale)
-    texts = (number(theirs.tokens_per_second, ",.2f"), memory, theirs.hardware.partition(",")[0])
+    memory = "OOM" if theirs.memory_gib is None else size_text(theirs.memory_gib * _GIB, scale)
+    speed = number(theirs.tokens_per_second, ",.2f") if same_run else NOT_KNOWN
+    texts = (speed, memory, theirs.hardware.partition(",")[0])
     return [Cell(text, "published") for text in texts]
 
 
@@ -194,15 +219,6 @@ def _speed(speed: CellSpeed) -> list[str | Cell]:
     ]
 
 
-def _unit(sizes: Sequence[float]) -> tuple[str, int]:
-    """GiB as the README counts, MiB where that would be mostly zeros."""
-    return ("MiB", _MIB) if sizes and max(sizes) < _GIB / 2 else ("GiB", _GIB)
-
-
-def _size(value: float | None, scale: int) -> str:
-    return number(None if value is None else value / scale, ",.2f")
-
-
 def _by_batch(points: Sequence[_Point]) -> Iterator[Table]:
     groups: dict[tuple[str, Precision, int, int], list[_Point]] = {}
     for point in points:
@@ -229,6 +245,28 @@ def _by_length(points: Sequence[_Point]) -> Iterator[Table]:
         yield from _grid(title, own, lengths, keys)
 
 
+@dataclass
+class _Row:
+    """A line of a grid: one source of numbers for one KV cache, of all results that do not contradict each other."""
+
+    kv_cache: str
+    source: str
+    origin: Origin
+    places: list[int]
+    texts: dict[tuple[int, ...], str]
+    """Column -> what stands in it."""
+
+    def takes(self, point: _Point, key: tuple[int, ...], text: str) -> bool:
+        """Whether a point belongs into this row."""
+        alike = (self.kv_cache, self.source, self.origin) == (point.kv_cache, point.source, point.origin)
+        return alike and self.texts.get(key, text) == text
+
+    @property
+    def named(self) -> str:
+        """The source with the numbers of its results."""
+        return self.source + (f" [{', '.join(map(str, self.places))}]" if self.places else "")
+
+
 def _grid(
     title: str, points: Sequence[_Point], columns: dict[tuple[int, ...], str], keys: Sequence[tuple[int, ...]]
 ) -> Iterator[Table]:
@@ -236,73 +274,27 @@ def _grid(
     own = {key for point, key in zip(points, keys, strict=True) if point.origin != "published"}
     if len(own) < 2:
         return
-    unit, scale = _unit([point.peak_bytes for point in points if point.peak_bytes is not None])
-    rows: dict[tuple[str, str, Origin], dict[tuple[int, ...], str]] = {}
+    unit, scale = unit_of([point.peak_bytes for point in points if point.peak_bytes is not None])
+    rows: list[_Row] = []
     for point, key in zip(points, keys, strict=True):
         text = point.status if point.peak_bytes is None else f"{point.peak_bytes / scale:,.2f}"
-        rows.setdefault((point.kv_cache, point.source, point.origin), {}).setdefault(key, text)
+        row = next((row for row in rows if row.takes(point, key, text)), None)
+        if row is None:
+            rows.append(row := _Row(point.kv_cache, point.source, point.origin, [], {}))
+        row.texts[key] = text
+        row.places += [point.place] if point.place and point.place not in row.places else []
     # By cache, and within it measured, predicted, published: the alphabet's order, too.
-    ordered = sorted(rows.items(), key=lambda item: (_KINDS.index(item[0][0]), item[0][2]))
+    ordered = sorted(rows, key=lambda row: (_KINDS.index(row.kv_cache), row.origin))
     body = [
-        [Cell(kind, origin), Cell(source, origin), *[Cell(found.get(key, NOT_KNOWN), origin) for key in columns]]
-        for (kind, source, origin), found in ordered
+        [
+            Cell(text, row.origin)
+            for text in (row.kv_cache, row.named, *[row.texts.get(key, NOT_KNOWN) for key in columns])
+        ]
+        for row in ordered
     ]
     stopped = any(point.peak_bytes is None and point.status == "OOM" for point in points)
     intro = f"Peak in {unit} of runs of prompt+new tokens." + (" OOM: it did not fit." if stopped else "")
     yield make_table("memory", title, ("KV cache", "source", *columns.values()), body, labels=2, intro=intro)
-
-
-def _plans(results: Sequence[Result]) -> Iterator[Table]:
-    for place, result in enumerate(results, 1):
-        if result.plan is not None:
-            yield from _limits(place, result.plan)
-            yield from _quantizing(place, result.plan)
-            yield from _tensor_parallel(place, result.plan)
-
-
-def _quantizing(place: int, plan: Plan) -> Iterator[Table]:
-    if plan.quantizing:
-        unit, scale = _unit([float(found.device_bytes) for found in plan.quantizing])
-        head = ("bits", "group size", "samples", f"device ({unit})", f"RAM ({unit})", f"disk ({unit})")
-        body = [
-            [
-                str(found.bits), str(found.group_size), f"{found.samples} x {found.seq_len}",
-                *[_size(size, scale) for size in (found.device_bytes, found.ram_bytes, found.disk_bytes)],
-            ]
-            for found in plan.quantizing
-        ]  # fmt: skip
-        intro = f"Predicted, result {place}. On a CPU the device's bytes come on top of RAM."
-        yield make_table("plan", f"What quantizing {plan.model} takes", head, body, labels=3, intro=intro)
-
-
-def _tensor_parallel(place: int, plan: Plan) -> Iterator[Table]:
-    if plan.tensor_parallel:
-        head = ("precision", "devices", "can be cut", "what does not divide")
-        body = [
-            [PRECISIONS[found.precision], str(found.ranks), "yes" if found.fits else "no", found.reason or ""]
-            for found in plan.tensor_parallel
-        ]
-        title = f"Tensor parallelism of {plan.model}, groups of {plan.group_size}"
-        yield make_table("plan", title, head, body, labels=len(head), intro=f"Result {place}.")
-
-
-def _limits(place: int, plan: Plan) -> Iterator[Table]:
-    if not plan.limits:
-        return
-    card = f" of {plan.device_bytes / _GIB:,.1f} GiB" if plan.device_bytes is not None else ""
-    body = [
-        [
-            PRECISIONS[limit.precision], limit.kv_cache, f"{limit.largest_batch:,}",
-            f"{limit.largest_tokens:,}", "no" if limit.beyond_model else "yes",
-        ]
-        for limit in plan.limits
-    ]  # fmt: skip
-    head = ("precision", "KV cache", "largest batch", "largest context (tokens)", "within the model's positions")
-    intro = (
-        f"Predicted, result {place}. The batch is at the plan's largest length, the context at its smallest batch; 0 "
-        "means that not even one fits."
-    )
-    yield make_table("plan", f"Largest {plan.model} on a card{card}", head, body, labels=2, intro=intro)
 
 
 def _failures(results: Sequence[Result]) -> Iterator[Table]:

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from qquant.answer_report import Answer, AnswerToken, ModelAnswer
 from qquant.charts.svg import Chart
 from qquant.console import printable
-from qquant.page.joined import Joined, Source, stored_as
+from qquant.page.joined import Joined, Source, Verdict, stored_as
 from qquant.page.tables import DASH, NOT_KNOWN, SECTIONS, Cell, Section, Table
 
 DATA_NAME = "results.json"
@@ -32,6 +32,12 @@ _PAGE_BYTES = 1_500_000
 """Data that would make the page larger stays in the file beside it: pages are to be under 2 MB."""
 _SAMPLES = 12
 """Answers that are shown, those with the most differences."""
+_TOKENS = 400
+"""Tokens of an answer that are shown, and aligned."""
+_PROMPT = 4000
+"""Characters of a prompt that are shown."""
+_NAME = 160
+"""Characters of a name that are shown."""
 _DOUBTS = (0.2, 0.4, 0.6, 0.8)
 """Upper edges of the probabilities whose tokens are underlined, the strongest first."""
 _CHART_SECTIONS: dict[str, Section] = {
@@ -63,12 +69,15 @@ def page(joined: Joined, charts: Sequence[Chart], data: str) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_harmless, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["kind"] = _classes
+    environment.filters["short"] = _short
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     results = [source.result for source in joined.sources]
     samples = sorted(_samples(joined.sources), key=lambda sample: -sample["differing"])
     content: dict[str, Any] = {
         "title": joined.title,
-        "verdicts": joined.verdicts,
+        "verdicts": _by_baseline(joined.verdicts),
+        "words": _words(joined.verdicts),
+        "missing": joined.missing,
         "sections": _sections(joined.tables, charts, len(results)),
         "devices": list(dict.fromkeys(result.environment.device for result in results)),
         "period": " to ".join(sorted({min(r.created for r in results)[:10], max(r.created for r in results)[:10]})),
@@ -83,9 +92,39 @@ def page(joined: Joined, charts: Sequence[Chart], data: str) -> str:
     return template.render(**content, data_link=link, data_inside=True)
 
 
+def _by_baseline(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    """Verdicts under the name of what they are compared with, both in their order."""
+    found: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        found.setdefault(verdict.baseline, []).append(verdict)
+    return found
+
+
+_WORDS = {
+    "size": "of all weights as stored on disk.",
+    "perplexity": "how surprised a model is by the text; the change from the baseline, less is better.",
+    "same next token": "how often both models think the same token the likeliest to come next.",
+    "fits": "with so many sequences of the longest planned text at once, or one sequence of so many tokens.",
+    "points": "difference in per cent of tasks solved, and the range that holds the true one 95 times in 100.",
+}
+"""What the facts of a verdict mean, for those who read such a page for the first time."""
+
+
+def _words(verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """Those of the words that stand on the cards."""
+    said = " ".join(f"{fact.name} {fact.value}" for verdict in verdicts for fact in verdict.facts)
+    return [(word.capitalize(), meaning) for word, meaning in _WORDS.items() if word in said]
+
+
 def _harmless(value: Any) -> Any:
     """Every text that goes into the page, before it is escaped; markup of ours passes."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _short(name: str) -> str:
+    """A name or title, the middle of an endless one left out."""
+    half = _NAME // 2
+    return name if len(name) <= _NAME else f"{name[:half]} … {name[-half:]}"
 
 
 def _classes(cell: Cell, name: bool) -> str:
@@ -136,7 +175,7 @@ def _samples(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
             differing = sum(len(run["tokens"]) for text in texts for run in text["runs"] if run["differs"])
             yield {
                 "place": place,
-                "prompt": sample.prompt,
+                "prompt": sample.prompt if len(sample.prompt) <= _PROMPT else sample.prompt[:_PROMPT] + " …",
                 "prompt_tokens": sample.prompt_tokens,
                 "texts": texts,
                 "differing": differing,
@@ -148,19 +187,22 @@ def _text(sample: Answer, answer: ModelAnswer) -> dict[str, Any]:
     baseline = sample.models[0]
     against = sample.models[1] if len(sample.models) == 2 else baseline
     other = against if answer is baseline else baseline
-    differs = _differing(other.tokens, answer.tokens)
+    tokens = answer.tokens[:_TOKENS]
+    differs = _differing(other.tokens[:_TOKENS], tokens)
     if answer.same_tokens is None:
         said = f"baseline, {len(answer.tokens)} tokens"
     elif answer.same_tokens >= max(len(answer.tokens), len(baseline.tokens)):
         said = f"the same {len(answer.tokens)} tokens"
     else:
         said = f"the same for {answer.same_tokens} of {len(answer.tokens)} tokens"
+    if len(tokens) < len(answer.tokens):
+        said += f"; the first {len(tokens)} are shown"
     return {
         "label": answer.label,
         "said": said,
         "runs": [
             {"differs": mark, "tokens": [_token(token, mark) for token, _ in run]}
-            for mark, run in groupby(zip(answer.tokens, differs, strict=True), key=lambda pair: pair[1])
+            for mark, run in groupby(zip(tokens, differs, strict=True), key=lambda pair: pair[1])
         ],
     }
 
@@ -190,10 +232,10 @@ def _origin(source: Source) -> dict[str, Any]:
     data = result.data
     memory = None if env.device_memory_bytes is None else f"{env.device_memory_bytes / 2**30:,.1f} GiB"
     facts = {
-        "created": result.created,
+        "created": result.created[:19].replace("T", " ") + result.created[19:].replace("+00:00", " UTC"),
         "git commit": result.git_commit,
         "device": env.device,
-        "its memory": memory,
+        "device memory": memory,
         "CPU": None if env.cpu == env.device else env.cpu,
         "threads": str(env.threads),
         "platform": env.platform,

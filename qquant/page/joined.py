@@ -6,16 +6,23 @@ tables there are is for models.py, scores.py and grids.py; the page is html.py's
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qquant.errors import BadDataError, UsageError
 from qquant.page.tables import SECTIONS, Table, markdown_text
+from qquant.plan_report import PlanCell
+from qquant.profile_report import CellKey
 from qquant.results import ModelRow, Result, result_from_json
 
 FILE_NAME = "report.json"
+_GIANT = 2**63
+"""Whole numbers from here on are refused."""
 DTYPES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 """As Qwen's README names them."""
 
@@ -66,6 +73,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """Something that no result holds."""
+
+    what: str
+    command: str
+    """What to run for it; capitals stand for the reader's own folders."""
+
+
+@dataclass(frozen=True)
 class Joined:
     """All that a joined report shows beside its charts."""
 
@@ -82,8 +98,14 @@ class Joined:
         shown = [*names][:3] + (["others"] if len(names) > 3 else [])
         return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown) or "Results"
 
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """What a whole report has and these results have not, with the command that measures it."""
+        results = [source.result for source in self.sources]
+        return tuple(one for one, held in _QUESTIONS.items() if not any(map(held, results)))
+
     def to_markdown(self) -> str:
-        """Verdicts, all tables by section, and where they come from."""
+        """Verdicts, all tables by section, what is missing, and where they come from."""
         lines = [
             f"- **{markdown_text(found.label)}** ({markdown_text(f'{found.stored}, against {found.baseline}')}): "
             + markdown_text(found.sentence())
@@ -93,6 +115,8 @@ class Joined:
         for section, title in SECTIONS.items():
             own = [table.to_markdown() for table in self.tables if table.section == section]
             parts += [f"## {title}", *own] if own else []
+        absent = [f"- {one.what}, not measured: `{one.command}`" for one in self.missing]
+        parts += ["## What was not measured", "\n".join(absent)] if absent else []
         origin = []
         for place, source in enumerate(self.sources, 1):
             result, env = source.result, source.result.environment
@@ -109,34 +133,105 @@ class Joined:
         return json.dumps({"results": content}, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
+def _lengths(result: Result) -> int:
+    """How many lengths of text the largest series of a grid has."""
+    runs: list[CellKey | PlanCell] = [cell.key for cell in result.profile.cells] if result.profile else []
+    runs += result.plan.cells if result.plan else ()
+    series: dict[tuple[object, ...], set[int]] = {}
+    for run in runs:
+        where = (type(run), getattr(run, "label", ""), run.precision, run.kv_cache, run.batch)
+        series.setdefault(where, set()).add(run.prompt_tokens + run.new_tokens)
+    return max(map(len, series.values()), default=0)
+
+
+_EVAL = "python -m qquant.eval --baseline MODEL --candidate QUANTIZED"
+_QUESTIONS: dict[Missing, Callable[[Result], bool]] = {
+    Missing("Divergence from a baseline, error by layer", f"{_EVAL} --out DIR"): lambda result: any(
+        row.accuracy and row.role == "candidate" for row in result.rows
+    ),
+    Missing("Accuracy by task", f"{_EVAL} --tasks mmlu,gsm8k --task-data DATA --out DIR"): lambda result: bool(
+        result.tasks and result.tasks.scores
+    ),
+    Missing("Sample answers", f"{_EVAL} --answers 3 --out DIR"): lambda result: bool(
+        result.answers and result.answers.samples
+    ),
+    Missing(
+        "Speed and memory by precision and KV cache, predicted against measured",
+        "python -m qquant.profile MODEL QUANTIZED --kv bf16,int8 --batch 1,8 --out DIR",
+    ): lambda result: bool(result.profile and result.profile.cells),
+    Missing(
+        "Memory by length", "python -m qquant.plan MODEL --kv bf16,int8 --new-tokens 512,2048,8192 --out DIR"
+    ): lambda result: _lengths(result) > 1,
+    Missing("What fits a card", "python -m qquant.plan MODEL --gpu 24GiB --out DIR"): lambda result: bool(
+        result.plan and result.plan.limits
+    ),
+    Missing(
+        "What a KV cache of 8 bits costs", "python -m qquant.eval --baseline MODEL --kv-cache int8 --out DIR"
+    ): lambda result: result.kv_cache is not None,
+    Missing(
+        "Perplexity by length",
+        "python -m qquant.eval --baseline MODEL --measure long-context --lengths 1024,2048,4096 --out DIR",
+    ): lambda result: result.long_context is not None,
+}
+"""What a whole report answers, and which results have it."""
+
+
 def _has_no_candidate(result: Result) -> bool:
     return len(result.rows) < 2
 
 
 def find_results(folders: Sequence[Path]) -> tuple[Source, ...]:
-    """Read every report.json below the folders, each once; hidden folders are unfinished ones and are left out.
+    """Read every report.json below the folders, copies of one as one; hidden folders are unfinished and left out.
 
     Raises:
         UsageError: a folder does not exist.
         BadDataError: no report.json there, or one that is not ours.
     """
-    found: dict[Path, Source] = {}
+    found: dict[bytes, Source] = {}
+    copies: dict[bytes, list[str]] = {}
+    read: set[Path] = set()
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(
                 f"results are read from folders with {FILE_NAME} in or below them, {folder} is not a folder"
             )
-        below = {path: path.relative_to(folder) for path in sorted(folder.rglob(FILE_NAME))}
+        below = {path: path.relative_to(folder) for path in sorted(folder.rglob(FILE_NAME)) if path.is_file()}
         below = {path: name for path, name in below.items() if not any(part.startswith(".") for part in name.parts)}
         if not below:
             raise BadDataError(f"there must be a {FILE_NAME} in or below {folder}, there is none; name another folder")
         for path, name in below.items():
+            if path.resolve() in read:
+                continue
+            read.add(path.resolve())
+            content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            digest = hashlib.sha256(content).digest()
+            # A name that is no UTF-8 could not be written into the page.
+            shown = os.fsencode(Path(folder.resolve().name, name.parent).as_posix()).decode(errors="backslashreplace")
+            if digest in found:
+                copies.setdefault(digest, []).append(shown)
+                continue
             try:
-                result = result_from_json(path.read_bytes())
+                result = result_from_json(content)
+                _refuse_giants(result.model_dump())
             except BadDataError as error:
                 raise BadDataError(f"{path} is {error}; remove it or name other folders") from error
-            found.setdefault(path.resolve(), Source(Path(folder.resolve().name, name.parent).as_posix(), result))
-    return tuple(found.values())
+            found[digest] = Source(shown, result)
+    return tuple(
+        replace(source, name=f"{source.name} (the same: {', '.join(copies[digest])})") if digest in copies else source
+        for digest, source in found.items()
+    )
+
+
+def _refuse_giants(value: object, name: str = "") -> None:
+    """Whole numbers that no float can hold are no count of anything."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_giants(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            _refuse_giants(item, f"{name}.{place}")
+    elif isinstance(value, int) and abs(value) >= _GIANT:
+        raise BadDataError(f"not a report that can be shown: {name} has {len(str(value))} digits")
 
 
 def stored_as(row: ModelRow) -> str:
@@ -151,7 +246,7 @@ def identity(row: ModelRow) -> str:
     """What tells one model from another, to be shown: its name and hash; of a result without hashes, name and size."""
     if row.sha256:
         return f"{row.label} (sha256 {row.sha256[:12]})"
-    return f"{row.label} ({row.weights_bytes if row.weights_bytes is not None else 'an unknown number of'} bytes)"
+    return f"{row.label} ({'an unknown number of' if row.weights_bytes is None else f'{row.weights_bytes:,}'} bytes)"
 
 
 def published_size(row: ModelRow) -> str | None:

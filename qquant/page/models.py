@@ -6,10 +6,12 @@ Task scores are scores.py's, grids of memory and speed grids.py's; nothing here 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+from qquant.charts.scales import disk_unit, memory_unit
 from qquant.long_report import SHOWN, LongPoint, LongScore
 from qquant.page.joined import Condition, grouped, identity, stored_as
-from qquant.page.tables import DASH, Table, make_table, number, percent
+from qquant.page.tables import DASH, NOT_KNOWN, Table, make_table, number, percent
 from qquant.records import field
 from qquant.results import ModelRow, Result
 
@@ -33,16 +35,41 @@ def tables(results: Sequence[Result]) -> list[Table]:
 def _rows(members: Sequence[tuple[int, Result]], cells: Callable[[ModelRow], list[str] | None]) -> list[list[str]]:
     """A line per model; lines that say the same are one, with the numbers of all results that say it."""
     compared = {identity(result.rows[0]) for _, result in members if len(result.rows) > 1}
-    lines: dict[tuple[str, ...], list[int]] = {}
+    lines: list[_Line] = []
     for place, result in members:
         for row in result.rows:
             found = cells(row)
-            if found is not None:
-                base = row.role == "baseline" and identity(row) in compared
-                name = row.label + (" (baseline)" if base else "")
-                name += ", random weights" if row.random_weights else ""
-                lines.setdefault((name, stored_as(row), *found), []).append(place)
-    return [[*line[:2], ", ".join(map(str, dict.fromkeys(places))), *line[2:]] for line, places in lines.items()]
+            if found is None:
+                continue
+            base = row.role == "baseline" and identity(row) in compared
+            name = row.label + (" (baseline)" if base else "")
+            name += ", random weights" if row.random_weights else ""
+            own = _Line(name, stored_as(row), identity(row), [place], found)
+            if not any(line.take(own) for line in lines):
+                lines.append(own)
+    return [[line.name, line.stored, ", ".join(map(str, line.places)), *line.cells] for line in lines]
+
+
+@dataclass
+class _Line:
+    """A model with its numbers and the results that they are from."""
+
+    name: str
+    stored: str
+    identity: str
+    places: list[int]
+    cells: list[str]
+
+    def take(self, other: _Line) -> bool:
+        """Take up a line that says the same, or of the same model what is not known here; False: it is another."""
+        pairs = list(zip(self.cells, other.cells, strict=True))
+        same = all(one == two for one, two in pairs)
+        whole = self.identity == other.identity and all(one == two or NOT_KNOWN in (one, two) for one, two in pairs)
+        if (self.name, self.stored) != (other.name, other.stored) or not (same or whole):
+            return False
+        self.places += [place for place in other.places if place not in self.places]
+        self.cells = [two if one == NOT_KNOWN else one for one, two in pairs]
+        return True
 
 
 def _divergence(results: Sequence[Result]) -> Iterator[Table]:
@@ -52,7 +79,7 @@ def _divergence(results: Sequence[Result]) -> Iterator[Table]:
         if data is None or alone or not any(row.accuracy for row in result.rows):
             return None
         return (
-            ("text", f"{data.name}, {data.tokens} tokens, sha256 {data.sha256[:12]}"),
+            ("text", f"{data.name}, {data.tokens:,} tokens, sha256 {data.sha256[:12]}"),
             ("window", f"{data.seq_len} tokens, stride {data.stride}"),
             ("dtype", result.compute_dtype),
             ("device", result.environment.device),
@@ -86,22 +113,25 @@ def _divergence(results: Sequence[Result]) -> Iterator[Table]:
 
 
 def _sizes(results: Sequence[Result]) -> Iterator[Table]:
+    # The smallest decides, so that no model is shown as 0.00.
+    unit = disk_unit([min((r.weights_bytes for one in results for r in one.rows if r.weights_bytes), default=0)])
+
     def cells(row: ModelRow) -> list[str] | None:
         if row.weights_bytes is None:
             return None
         parameters = None if row.parameters is None else row.parameters / _MEGA
-        folder = None if row.folder_bytes is None else row.folder_bytes / _MEGA
+        folder = None if row.folder_bytes is None else row.folder_bytes / unit.size
         return [
             number(parameters, ",.2f"),
-            f"{row.weights_bytes / _MEGA:,.2f}",
+            f"{row.weights_bytes / unit.size:,.2f}",
             DASH if row.role == "baseline" else number(field(row, "ratios.weights_bytes"), ".3f"),
             number(row.bits_per_weight, ".2f"),
             number(folder, ",.2f"),
         ]
 
     head = (
-        "model", "stored as", "result", "parameters (million)", "weights (MB)", "ratio", "bits per weight",
-        "folder (MB)",
+        "model", "stored as", "result", "parameters (million)", f"weights ({unit.name})", "ratio",
+        "bits per weight", f"folder ({unit.name})",
     )  # fmt: skip
     # One table for all: sizes do not depend on machine or text. Rows of one baseline stay together.
     known = [one for one in enumerate(results, 1) if one[1].rows]
@@ -109,8 +139,8 @@ def _sizes(results: Sequence[Result]) -> Iterator[Table]:
     body = _rows(sorted(known, key=lambda one: order.index(identity(one[1].rows[0]))), cells)
     if body:
         intro = (
-            "1 MB is 10^6 bytes; a ratio is to the model's own baseline; bits per weight count everything that is "
-            "stored, embeddings and scales too."
+            f"1 {unit.name} is {unit.size:,} bytes; a ratio is to the model's own baseline; bits per weight "
+            "count everything that is stored, embeddings and scales too."
         )
         yield make_table("speed", "Size of the weights", head, body, labels=3, intro=intro)
 
@@ -149,6 +179,9 @@ def _speeds(results: Sequence[Result]) -> Iterator[Table]:
 
 
 def _memories(results: Sequence[Result]) -> Iterator[Table]:
+    taken = (row.memory.tensor_bytes for result in results for row in result.rows if row.memory)
+    unit = memory_unit([min((size for size in taken if size), default=0)])
+
     def condition(result: Result) -> Condition | None:
         if not any(row.memory for row in result.rows):
             return None
@@ -163,13 +196,13 @@ def _memories(results: Sequence[Result]) -> Iterator[Table]:
             memory.tensor_bytes, memory.rss_before_bytes, memory.peak_rss_bytes, memory.cuda_before_bytes,
             memory.cuda_peak_bytes,
         )  # fmt: skip
-        tensors, *rest = [number(None if size is None else size / _MEGA, ",.2f") for size in sizes]
+        tensors, *rest = [number(None if size is None else size / unit.size, ",.2f") for size in sizes]
         ratio = DASH if row.role == "baseline" else number(field(row, "ratios.tensor_bytes"), ".3f")
         return [tensors, ratio, *rest]
 
     head = (
-        "model", "stored as", "result", "tensors (MB)", "ratio", "RSS before (MB)", "peak RSS (MB)",
-        "CUDA before (MB)", "peak CUDA (MB)",
+        "model", "stored as", "result", f"tensors ({unit.name})", "ratio", f"RSS before ({unit.name})",
+        f"peak RSS ({unit.name})", f"CUDA before ({unit.name})", f"peak CUDA ({unit.name})",
     )  # fmt: skip
     for own, members, notes in grouped(results, condition):
         value = dict(own)
@@ -222,7 +255,9 @@ def _lengths(results: Sequence[Result]) -> Iterator[Table]:
         found = result.long_context
         if found is None:
             continue
-        made = ", ".join(f"{model.label} for {model.made_for}" for model in found.models if model.made_for is not None)
+        made = ", ".join(
+            f"{model.label} for {model.made_for:,}" for model in found.models if model.made_for is not None
+        )
         intro = f"Result {place}: {result.compute_dtype} on {result.environment.device}; tokens per window across."
         intro += f" Made for this many tokens: {made}." if made else ""
         for name, part in (("all predictions", whole), (f"last {found.tail_tokens} tokens", tail)):
@@ -231,7 +266,7 @@ def _lengths(results: Sequence[Result]) -> Iterator[Table]:
                 for model in found.models
                 for row in model.rows
             ]
-            head = ("model", "setting", *map(str, found.lengths))
+            head = ("model", "setting", *[f"{length:,}" for length in found.lengths])
             title = f"Perplexity of {found.models[0].label} by length, {name}"
             yield make_table("long-context", title, head, body, labels=2, intro=intro)
 

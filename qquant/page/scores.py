@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from qquant.charts.scales import disk_unit, signed_text
 from qquant.page.joined import DTYPES, Fact, Verdict, identity, published_size, stored_as
 from qquant.page.tables import NOT_KNOWN, PRECISIONS, Cell, Table, make_table, number, percent
 from qquant.published import ACCURACY
@@ -21,7 +22,7 @@ _METRICS = {
     "mmlu": "MMLU over questions", "ceval": "C-Eval and CMMLU over subjects", "cmmlu": "C-Eval and CMMLU over subjects",
     "gsm8k": "GSM8K by the exact number", "humaneval": "HumanEval pass@1",
 }  # fmt: skip
-_FIRST_FACTS = ("weights", "perplexity", "same top-1")
+_FIRST_FACTS = ("size", "perplexity", "same next token")
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
@@ -49,20 +50,21 @@ def _facts(result: Result, row: ModelRow, *, several_texts: bool) -> Iterator[Fa
     ratios, original = row.ratios, DTYPES.get(result.rows[0].checkpoint_dtype, "the baseline")
     text = f"on {result.data.name} in {result.compute_dtype}" if result.data and several_texts else ""
     if ratios and ratios.weights_bytes is not None:
-        yield Fact("weights", f"{ratios.weights_bytes:.2f} of {original}")
+        size = row.weights_bytes or 0
+        yield Fact("size", f"{100 * ratios.weights_bytes:.0f} % of {original}", disk_unit([size]).text(size))
     if ratios and ratios.perplexity is not None:
-        yield Fact("perplexity", f"{100 * (ratios.perplexity - 1):+.2f} %", text)
+        yield Fact("perplexity", f"{signed_text(100 * (ratios.perplexity - 1), 2)} %", text)
     if row.accuracy and row.accuracy.top1_agreement is not None:
-        yield Fact("same top-1", f"{percent(row.accuracy.top1_agreement)} %", text)
+        yield Fact("same next token", f"{percent(row.accuracy.top1_agreement)} %", text)
     if ratios and ratios.decode_tokens_per_second is not None:
-        speed = f"{ratios.decode_tokens_per_second:.2f} of {original}"
+        speed = f"{100 * ratios.decode_tokens_per_second:.0f} % of {original}"
         yield Fact("decoding speed", speed, f"on {result.environment.device}")
     for found in result.tasks.comparisons if result.tasks else ():
         if found.label == row.label:
             low, high = 100 * found.ci95_low, 100 * found.ci95_high
             chance = ", may be chance" if low <= 0 <= high else ""
-            detail = f"95 % {low:+.1f}..{high:+.1f}, {found.items} items{chance}"
-            yield Fact(TASKS[found.task], f"{100 * found.difference:+.1f} points", detail)
+            detail = f"95 %: {signed_text(low)} to {signed_text(high)}, {found.items:,} items{chance}"
+            yield Fact(TASKS[found.task], f"{signed_text(100 * found.difference)} points", detail)
 
 
 def _scores(results: Sequence[Result]) -> Iterator[Table]:

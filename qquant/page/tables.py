@@ -39,6 +39,8 @@ NOT_KNOWN = "n/a"
 # What Markdown or the HTML inside it would take for an instruction; the bar is escaped by the table itself.
 _MARKDOWN = re.compile(r"([\\`*<>\[\]])")
 
+_GIB, _MIB = 2**30, 2**20
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -129,3 +131,14 @@ def markdown_text(text: str) -> str:
 def _markdown_cell(cell: Cell) -> str:
     shown = markdown_text(cell.text)
     return f"*{shown}*" if cell.origin == "published" and shown.strip(" -") else shown
+
+
+def unit_of(sizes: Sequence[float]) -> tuple[str, int]:
+    """A unit and its bytes: GiB as the README counts, MiB where that would leave mostly zeros."""
+    small = bool(sizes) and (max(sizes) < _GIB or min(sizes) < _GIB / 10)
+    return ("MiB", _MIB) if small else ("GiB", _GIB)
+
+
+def size_text(value: float | None, scale: int) -> str:
+    """Bytes in that unit, as a cell shows them."""
+    return number(None if value is None else value / scale, ",.2f")

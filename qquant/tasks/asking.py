@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qquant.errors import NumericError
 from qquant.journal import Journal
 from qquant.task_report import TaskItem
 from qquant.tasks import choices, gsm8k, humaneval, lm_eval_prompts
@@ -131,7 +133,8 @@ def put(
         if finished is None or key not in finished:
             ready = model()
             began = time.monotonic()
-            replies = answer(ready, tokenizer, batch, batch_size=batch_size)
+            with _named(label):
+                replies = answer(ready, tokenizer, batch, batch_size=batch_size)
             items = [_item(label, task, *pair) for pair in zip(batch, replies, strict=True)]
             seconds += time.monotonic() - began
             piece = {"items": [item.model_dump_json() for item in items], "truncated": _shortened(replies)}
@@ -163,16 +166,17 @@ def put_with_lm_eval(
     if finished is None or key not in finished:
         ready = model()
         began = time.monotonic()
-        found = run_lm_eval(
-            ready,
-            tokenizer,
-            task.data,
-            label=label,
-            shots=task.shots,
-            batch_size=batch_size,
-            allow_code_execution=True,  # as ``ask`` says
-            on_progress=on_progress,
-        )
+        with _named(label):
+            found = run_lm_eval(
+                ready,
+                tokenizer,
+                task.data,
+                label=label,
+                shots=task.shots,
+                batch_size=batch_size,
+                allow_code_execution=True,  # as ``ask`` says
+                on_progress=on_progress,
+            )
         seconds = time.monotonic() - began
         piece = {"items": [item.model_dump_json() for item in found.items], "truncated": found.truncated}
         if finished is not None:
@@ -181,6 +185,15 @@ def put_with_lm_eval(
         piece = finished[key]
     kept = tuple(TaskItem.model_validate_json(text) for text in piece["items"])
     return Decisions(kept, piece["truncated"], seconds)
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """An error of numbers with the label of the model whose they are; several models are evaluated in one run."""
+    try:
+        yield
+    except NumericError as error:
+        raise NumericError(f"{label}: {error}") from error
 
 
 def _shortened(replies: list[Reply]) -> int:

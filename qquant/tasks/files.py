@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from qquant.errors import BadDataError, UsageError
 from qquant.tasks.items import LETTERS, Item, TaskName, TaskSet
 from qquant.tasks.rows import SUFFIXES, Row, file_rows, hub_configs, hub_rows, kind_of
+from qquant.text_sources import at_home
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _GENERAL = ("all", "main")
@@ -69,7 +72,7 @@ def read_task(task: TaskName, source: Path | str, *, limit: int | None = None, s
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1 item, got {limit}")
-    path, parts, digest = Path(source).expanduser(), _PARTS[task], _Digest()
+    path, parts, digest = at_home(source), _PARTS[task], _Digest()
     shots: list[tuple[str | None, Row]] = []
     if path.is_dir():
         found = _files(path, split or parts.items, exactly=split is not None)
@@ -105,8 +108,9 @@ class _Digest:
         self._lines.append(f"{hashlib.sha256(content).hexdigest()}  {name}\n")
 
     def text(self) -> str:
-        ordered = sorted(self._lines, key=lambda line: line.split("  ", 1)[1].encode())
-        return hashlib.sha256("".join(ordered).encode()).hexdigest()
+        # Names of files need not be text: os.fsencode gives the bytes that they are.
+        ordered = sorted(map(os.fsencode, self._lines), key=lambda line: line.split(b"  ", 1)[1])
+        return hashlib.sha256(b"".join(ordered)).hexdigest()
 
 
 def _files(folder: Path, part: str, *, exactly: bool = False, optional: bool = False) -> list[Path]:
@@ -127,9 +131,10 @@ def _files(folder: Path, part: str, *, exactly: bool = False, optional: bool = F
     if not found:
         there = ", ".join(path.name for path in known[:8]) or "no data"
         raise BadDataError(f"{folder} must have a folder or file called {part}, it has {there}; check the layout")
-    if found[0].is_file():
+    if not found[0].is_dir():
         return found
-    files = [path for path in sorted(found[0].iterdir()) if path.is_file() and kind_of(path) in SUFFIXES]
+    # A link that leads nowhere stays here: it is a file that was meant to be read, and reading says what is wrong.
+    files = [path for path in sorted(found[0].iterdir()) if not path.is_dir() and kind_of(path) in SUFFIXES]
     if not files and not optional:
         raise BadDataError(f"{found[0]} must hold {', '.join(SUFFIXES)} files, it holds none; check the layout")
     return files
@@ -139,6 +144,8 @@ def _read(root: Path, files: Iterable[Path], parts: _Parts, digest: _Digest) -> 
     """(subject that the file's name says, row) of files."""
     rows: list[tuple[str | None, Row]] = []
     for path in files:
+        if path.exists() and not path.is_file():  # a pipe or a device might never end
+            raise BadDataError(f"{path}: must be a file, and it is none; check the path")
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -186,11 +193,22 @@ def _items(task: TaskName, rows: Iterable[tuple[str | None, Row]], limit: int | 
         if limit is not None and number >= limit:
             continue
         item = _item(task, row, group, f"{group}/{number}" if group else str(number))
+        _refuse_no_text(row, item)
         if item.id in names:
             raise BadDataError(f"{row.where}: an item's name must come once, {item.id} came before; drop one")
         names.add(item.id)
         items.append(item)
     return tuple(items)
+
+
+def _refuse_no_text(row: Row, item: Item) -> None:
+    """Refuse halves of characters, which JSON can write and no tokenizer reads, and names of more than one line."""
+    for text in (item.question, *item.choices, *item.extra.values()):
+        if any(unicodedata.category(character) == "Cs" for character in text):
+            raise BadDataError(f"{row.where}: texts must be whole characters, got half of one; mend the row")
+    for name in (item.id, item.group or ""):
+        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+            raise BadDataError(f"{row.where}: the name of a subject or an item must be one line, got {name!r}; mend it")
 
 
 def _item(task: TaskName, row: Row, group: str | None, name: str) -> Item:

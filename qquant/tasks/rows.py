@@ -98,6 +98,9 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> list[Row]:
                 header = [cell.strip().lower() for cell in cells]
                 if {"question", "answer"} <= set(header):
                     names = header
+                    twice = sorted({name for name in names if name and names.count(name) > 1})
+                    if twice:
+                        raise BadDataError(f"{where}: a column's name must come once, got {twice}; rename one")
                     continue
                 if not columns:
                     raise BadDataError(f"{where}: the first row must name the columns, got {cells[:8]}; add a header")

@@ -217,7 +217,12 @@ def _generated(model: Any, tokenizer: Any, questions: Sequence[Question], prompt
 def _end_ids(model: Any, tokenizer: Any, *, chat: bool) -> set[int]:
     """Tokens that end an answer: the model's own, else or in a chat also the tokenizer's, and Qwen v1's of a turn."""
     named = model.generation_config.eos_token_id
-    ends = {named} if isinstance(named, int) else set(named or ())
+    listed = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(token, int) for token in listed):
+        raise BadModelError(
+            f"eos_token_id in generation_config.json must be an id or a list of ids, got {named!r}; mend it"
+        )
+    ends = set(listed)
     if tokenizer.eos_token_id is not None and (chat or not ends):
         ends.add(tokenizer.eos_token_id)
     if hasattr(tokenizer, "im_start_id"):
