@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ VARIANTS = {
 
 GRID = ["--kv", "bf16,int8", "--batch", "1,8", "--prompt-tokens", "128", "--new-tokens", "64", "--repeats", "3"]
 """What is profiled: both caches, alone and in a batch. Every cell runs in a process of its own."""
-LENGTHS = ["--kv", "bf16,int8", "--batch", "1,8", "--prompt-tokens", "128", "--new-tokens", "64"]
+LENGTHS = [*GRID[:-4], "--new-tokens", "64,256,1024"]
+"""What is planned: the same, and longer answers."""
 
 
 def main() -> None:
@@ -46,7 +48,8 @@ def main() -> None:
             parser.error(f"{shown(path)} does not exist; name another with {option}")
 
     started = time.monotonic()
-    run("qquant.plan", args.model, *LENGTHS, "--out", args.out / "plan", "--overwrite")
+    device = "cuda" if shutil.which("nvidia-smi") else "cpu"
+    run("qquant.plan", args.model, *LENGTHS, "--device", device, "--out", args.out / "plan", "--overwrite")
     for name, options in VARIANTS.items():
         source = ["--model", args.model, "--data", data, "--seq-len", args.seq_len]
         run("qquant.gptq", *source, *options, "--out", args.out / name, "--overwrite")

@@ -33,7 +33,7 @@ from qquant.random_models import config_from_dict
 from qquant.records import KVKind, Precision
 from qquant.results import ModelRow, Result
 from qquant.shapes import find_config, model_shapes
-from qquant.stored_bytes import uncut
+from qquant.stored_bytes import refuse_beyond_counting, refuse_uneven_groups, uncut
 
 RANKS = (1, 2, 4, 8)
 """Cards that a model is commonly cut over."""
@@ -42,8 +42,6 @@ CPU_PROCESS_BYTES = 370_000_000
 before the model, on the runs of docs/plan.md."""
 _MOST = 1 << 24
 """Where the search for the largest batch or context ends."""
-_MOST_ASKED = 1 << 40
-"""Of any count or group size: far beyond every machine, and its bytes are still numbers that a report can show."""
 PLAIN: Final = "plain"
 """Names the cache in whatever a model computes in, as in ``qquant profile``."""
 
@@ -87,17 +85,9 @@ class Question:
         counts = (*self.batches, *self.prompt_tokens, *self.new_tokens, self.samples, self.seq_len)
         if not counts or min(counts) < 1:
             raise UsageError(f"batches, tokens and samples must be at least 1, got {min(counts, default=0)}")
-        if max(*counts, self.group_size) > _MOST_ASKED:
-            raise UsageError(
-                f"batches, tokens, samples and group sizes must be at most 2^40, got {_short(max(counts))}"
-            )
+        refuse_beyond_counting(*counts)
         if self.group_size != -1 and self.group_size < 1:
             raise UsageError(f"--group-size must be -1 (the whole row) or at least 1, got {self.group_size}")
-
-
-def _short(number: int) -> str:
-    text = str(number)
-    return text if len(text) <= 24 else f"a number of {len(text)} digits"
 
 
 def plan_model(model: str, question: Question, *, command: str) -> Result:
@@ -352,13 +342,8 @@ def _refuse_narrow_heads(shapes: ModelShapes, question: Question) -> None:
 
 
 def _refuse_unpackable(shapes: ModelShapes, bits: int, group_size: int) -> None:
+    refuse_uneven_groups(shapes, group_size)
     for linear in shapes.linears:
-        if group_size != -1 and linear.inputs % group_size:
-            usable = [size for size in (32, 64, 128, 256) if linear.inputs % size == 0]
-            raise UsageError(
-                f"{linear.name}: group_size must divide the row length, {group_size} does not divide {linear.inputs}; "
-                f"usable: {', '.join(map(str, [-1, *usable]))}"
-            )
         if not packable(linear.inputs, linear.outputs, bits):
             raise UsageError(
                 f"{linear.name}: {linear.inputs} x {linear.outputs} does not fill whole words of {bits}-bit codes; "

@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 import qquant
-from qquant.baselines import BitsAndBytesKind
+from qquant.baselines import BitsAndBytesKind, check_bitsandbytes
 from qquant.cell_process import measure_apart
 from qquant.checkpoint import is_quantized, quantization_config
 from qquant.errors import BadModelError, UsageError
@@ -34,15 +34,13 @@ from qquant.records import Footprint, KVKind, Precision
 from qquant.results import ModelRow, Result
 from qquant.shapes import model_shapes
 from qquant.sources import compute_dtype, pick_device, read_config, resolve_folder, skeleton
+from qquant.stored_bytes import refuse_beyond_counting, refuse_uneven_groups
 
 _LOG = logging.getLogger("qquant.profile_grid")
 OnProgress = Callable[[str, int, int], None]
 """(what is being done, how far, of how much)."""
 PLAIN = "plain"
 """Names the cache that keeps keys and values in the dtype that a model computes in, whichever that is."""
-
-_MOST_ASKED = 1 << 40
-"""Of any count: far beyond every machine, and its bytes are still numbers that a report can show."""
 
 _FLOAT: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
     torch.float32: "fp32",
@@ -122,7 +120,9 @@ def profile_models(
     requests = [request for target in targets for request in _requests(target, grid, place)]
     shapes = {target.label: _shapes(target) for target in targets}
     for target in targets:
-        _refuse_group_size(target, shapes[target.label][0])
+        found, _ = shapes[target.label]
+        if found is not None and target.folder is None and {*target.precisions} & {*BITS}:
+            refuse_uneven_groups(found, target.group_size)
     rows = _rows(targets, {label: parameters for label, (_, parameters) in shapes.items()})
     if grid.threads is not None:
         torch.set_num_threads(grid.threads)  # as in the cells, and as the record says
@@ -165,10 +165,6 @@ def _profile(result: Result, grid: Grid, cells: Sequence[ProfileCell]) -> Profil
     )
 
 
-def _asked(grid: Grid) -> tuple[str, ...]:
-    return (PLAIN,) if grid.precisions is None else grid.precisions
-
-
 def _check(grid: Grid) -> None:
     """Refuse what no model could be measured with."""
     for option, values, known in (
@@ -178,17 +174,15 @@ def _check(grid: Grid) -> None:
         if unknown := [value for value in values if value not in known]:
             raise UsageError(f"--{option} must be of {', '.join(known)}, got {unknown[0]!r}")
     lists = {"batch": grid.batches, "prompt_tokens": grid.prompt_tokens, "new_tokens": grid.new_tokens}
-    for name, numbers in {**lists, "kv": grid.kv_caches, "precision": _asked(grid)}.items():
+    asked = (PLAIN,) if grid.precisions is None else grid.precisions
+    for name, numbers in {**lists, "kv": grid.kv_caches, "precision": asked}.items():
         if not numbers or len(set(numbers)) < len(numbers):
             raise UsageError(f"--{name.replace('_', '-')} must be a list without repetitions, got {list(numbers)}")
     refuse_below_one(**{name: min(numbers) for name, numbers in lists.items()})
     refuse_below_one(repeats=grid.repeats, threads=grid.threads, memory_limit=grid.memory_limit_bytes)
-    if (most := max(*sum(lists.values(), ()), grid.repeats, grid.warmups, grid.group_size)) > _MOST_ASKED:
-        raise UsageError(f"batches, tokens, repetitions and group sizes must be at most 2^40, got {most:.3g}")
+    refuse_beyond_counting(*grid.batches, *grid.prompt_tokens, *grid.new_tokens, grid.repeats, grid.warmups)
     if not -(2**63) <= grid.seed < 2**63:
         raise UsageError(f"--seed must fit 64 bits, got {grid.seed}")
-    if grid.group_size != -1 and grid.group_size < 1:
-        raise UsageError(f"--group-size must be -1 (the whole row) or at least 1, got {grid.group_size}")
     if grid.warmups < 0:
         raise UsageError(f"--warmups must be at least 0, got {grid.warmups}")
 
@@ -238,6 +232,8 @@ def _stored(names: Sequence[str | Path], grid: Grid, device: torch.device, on_pr
                 "quantize it first (qquant quantize) and name that folder too, or measure its shapes with "
                 f"--random-weights {folder}"
             )
+        for name in {*precisions} & {*get_args(BitsAndBytesKind)}:
+            check_bitsandbytes(folder, name)
         digest = model_sha256(folder, partial(on_progress, f"hashing {label}"))
         yield Target(
             label=label,
@@ -337,18 +333,6 @@ def _shapes(target: Target) -> tuple[ModelShapes | None, int]:
         _LOG.warning("%s is measured without a prediction: %s", target.label, error)
         return None, sum(parameter.numel() for parameter in model.parameters())
     return shapes, shapes.parameters
-
-
-def _refuse_group_size(target: Target, shapes: ModelShapes | None) -> None:
-    """Random weights are packed in groups that divide every row; a stored folder's are as they are."""
-    if shapes is None or target.folder is not None or target.group_size == -1 or not {*target.precisions} & {*BITS}:
-        return
-    for linear in shapes.linears:
-        if linear.inputs % target.group_size:
-            raise UsageError(
-                f"{linear.name}: --group-size must divide the row length, {target.group_size} does not divide "
-                f"{linear.inputs}"
-            )
 
 
 def _predicted(shapes: ModelShapes | None, request: CellRequest, target: Target) -> Footprint | None:

@@ -18,6 +18,7 @@ RESERVE_AHEAD = 1024
 # Of kv_store.TokenStore and kv_ops; tests hold them against the cache itself.
 _STEP, _GROWTH = 64, 32
 _INT4_GROUP = 32
+_MOST_ASKED = 1 << 40
 _RANGE_BYTES = 4
 """Scale and zero of one stored vector, float16 each."""
 
@@ -170,6 +171,27 @@ def _uncut_linear(linear: LinearShape, precision: Precision, group_size: int, ra
     if linear.outputs % ranks or linear.outputs // ranks * BITS[precision] % 32:
         return f"{linear.name}: {linear.outputs} outputs in whole words by {ranks}"
     return None
+
+
+def refuse_uneven_groups(shapes: ModelShapes, group_size: int) -> None:
+    """Raise UsageError at the first linear whose rows are no whole number of groups."""
+    if group_size != -1 and group_size < 1:
+        raise UsageError(f"--group-size must be -1 (the whole row) or at least 1, got {group_size}")
+    for linear in shapes.linears:
+        if group_size != -1 and linear.inputs % group_size:
+            usable = [size for size in (32, 64, 128, 256) if linear.inputs % size == 0]
+            raise UsageError(
+                f"{linear.name}: group_size must divide the row length, {group_size} does not divide {linear.inputs}; "
+                f"usable: {', '.join(map(str, [-1, *usable]))}"
+            )
+
+
+def refuse_beyond_counting(*counts: int) -> None:
+    """Raise UsageError at a batch or number of tokens that no machine has and whose bytes no report could show."""
+    if max(counts) > _MOST_ASKED:
+        text = str(max(counts))
+        shown = text if len(text) <= 24 else f"a number of {len(text)} digits"
+        raise UsageError(f"counts of sequences, tokens and repetitions must be at most 2^40, got {shown}")
 
 
 def _room(layer: CacheShape, prompt_tokens: int, tokens: int, reserve: int) -> int:
