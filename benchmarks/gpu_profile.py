@@ -20,6 +20,8 @@ import torch
 
 from qquant.profile_grid import Grid, profile_models
 from qquant.profile_report import profile_sections
+from qquant.progress import step_progress
+from qquant.result_files import write_result
 from qquant.results import Result, shown_command
 
 NEW_TOKENS = 32
@@ -62,7 +64,7 @@ def joined(results: list[Result]) -> Result:
 def main() -> None:
     """Run the grids that fit the budget, print Markdown, write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the report folder is called so, less the suffix")
     parser.add_argument("--budget-seconds", type=float, default=420)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="one small cell, to try the script on a CPU")
@@ -77,11 +79,13 @@ def main() -> None:
         if results and time.monotonic() - began > args.budget_seconds:
             print(f"left out for time: {name}", flush=True)
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            journal = Path(folder) / "journal"
-            results.append(profile_models([], sizes, grid, journal=journal, device=args.device, command=command))
+        with tempfile.TemporaryDirectory() as folder, step_progress() as on_progress:
+            options = {"journal": Path(folder) / "journal", "device": args.device, "on_progress": on_progress}
+            results.append(profile_models([], sizes, grid, command=command, **options))
         if args.out:  # after every grid: a machine that is taken away leaves what was done
-            args.out.write_text(joined(results).model_dump_json(indent=2) + "\n", encoding="utf-8")
+            report = args.out.with_suffix("")  # a folder, as qquant.report joins them
+            report.mkdir(parents=True, exist_ok=True)
+            write_result(joined(results), report)
     profile = joined(results).profile
     assert profile is not None
     print("\n\n".join(profile_sections(profile)))

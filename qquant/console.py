@@ -1,7 +1,7 @@
 """How a command ends: an expected error becomes one line on stderr and its documented exit code.
 
-Here too: text from files and models made harmless for a terminal, and sizes as people type them. What a command prints
-when it succeeds is the command's own business.
+Here too: text from files and models made harmless for a terminal, and sizes and lists as people type them. What a
+command prints when it succeeds is the command's own business.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ INTERRUPTED = 130
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_MOST_BYTES = 2.0**63
 _SHOWN = "\n\t"
 # Marks that turn the direction of what follows: text that reads otherwise than it is.
 _TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -74,9 +75,36 @@ def size_in_bytes(text: str, option: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or int(float(found[1]) * unit) < 1:
-        raise UsageError(f"{option} must be a size such as 24GiB or 800MB, got {text!r}")
-    return int(float(found[1]) * unit)
+    size = float(found[1]) * unit if found and unit else 0.0
+    if not 1 <= size < _MOST_BYTES:
+        raise UsageError(f"{option} must be a size such as 24GiB or 800MB, got {printable(text[:40])!r}")
+    return int(size)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words with commas between them, in their order."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def counts(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, in their order.
+
+    Args:
+        text: what was typed.
+        option: where, for the message.
+
+    Raises:
+        UsageError: a word that is no whole number.
+    """
+    try:
+        found = tuple(int(word) for word in words(text))
+    except ValueError:
+        found = ()
+    if not found:
+        raise UsageError(
+            f"{option} must be whole numbers with commas between them, as 1,4, got {printable(text[:40])!r}"
+        )
+    return found
 
 
 def _end(message: object, code: int, *, debug: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qquant.console import user_errors
+from qquant.console import user_errors, words
 from qquant.errors import UsageError
 from qquant.evaluation import evaluate_checkpoints as evaluate_checkpoints
 from qquant.evaluation import evaluate_long_context as evaluate_long_context
@@ -101,12 +101,11 @@ def evaluate_command(
         measure = measure or ("accuracy" if tasks is None else "tasks")
         _refuse_others_options(ctx, measure)
         from qquant.progress import quiet_transformers, step_progress
-        from qquant.publish import Kind, published, refuse_existing
+        from qquant.publish import REPORT_FOLDER, published, refuse_existing
         from qquant.result_files import write_items, write_result
         from qquant.results import shown_command
 
-        kind = Kind("a report folder", lambda folder: (folder / "report.json").exists())
-        refuse_existing(out, kind, overwrite=overwrite)
+        refuse_existing(out, REPORT_FOLDER, overwrite=overwrite)
 
         quiet_transformers()
         chosen = dict(ctx.params)
@@ -120,7 +119,7 @@ def evaluate_command(
                 report, items = _on_tasks(chosen, **shared, on_progress=on_progress)
             else:
                 report = _on_text(measure, chosen)(baseline, candidate or [], **shared, on_progress=on_progress)
-        with published(out, kind, overwrite=overwrite) as staging:
+        with published(out, REPORT_FOLDER, overwrite=overwrite) as staging:
             write_result(report, staging)
             if items:
                 write_items(items, staging)
@@ -139,7 +138,7 @@ def _on_text(measure: str, chosen: dict[str, Any]) -> Callable[..., Result]:
         return partial(evaluate_long_context, **options, lengths=parse_lengths(chosen["lengths"] or ""))
     options |= {name: chosen[name] for name in ("seq_len", "stride", "speed", "kv_cache", "kv_tokens")}
     options |= {name: chosen[name] for name in ("answers", "answer_tokens")}
-    return partial(evaluate_checkpoints, **options, bitsandbytes=_words(chosen["bitsandbytes"]))
+    return partial(evaluate_checkpoints, **options, bitsandbytes=words(chosen["bitsandbytes"] or ""))
 
 
 def _on_tasks(chosen: dict[str, Any], **shared: Any) -> tuple[Result, list[TaskItem]]:
@@ -147,20 +146,16 @@ def _on_tasks(chosen: dict[str, Any], **shared: Any) -> tuple[Result, list[TaskI
     from qquant.task_evaluation import evaluate_tasks, task_sources
 
     names = ("style", "shots", "limit", "batch_size", "prompt_format", "backend", "allow_code_execution")
-    tasks = _words(chosen["tasks"])
+    tasks = words(chosen["tasks"] or "")
     return evaluate_tasks(
         chosen["baseline"],
         chosen["candidate"] or [],
         tasks=tasks,
         data=task_sources(tasks, chosen["task_data"] or []),
-        bitsandbytes=_words(chosen["bitsandbytes"]),
+        bitsandbytes=words(chosen["bitsandbytes"] or ""),
         **{name: chosen[name] for name in names},
         **shared,
     )
-
-
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _refuse_others_options(ctx: typer.Context, measure: str) -> None:
@@ -184,9 +179,9 @@ def _refuse_others_options(ctx: typer.Context, measure: str) -> None:
             raise UsageError(
                 f"{option} says how much {other} measures, and {other} was not asked for; leave {option} out"
             )
-    if ctx.params["bitsandbytes"] is not None and not _words(ctx.params["bitsandbytes"]):
+    if ctx.params["bitsandbytes"] is not None and not words(ctx.params["bitsandbytes"]):
         raise UsageError("--bitsandbytes must name nf4, llm-int8 or both, got nothing; name one, or leave it out")
-    if measure == "tasks" and not _words(ctx.params["tasks"]):
+    if measure == "tasks" and not words(ctx.params["tasks"] or ""):
         raise UsageError("--measure tasks needs the tasks to run; give --tasks mmlu,gsm8k")
     if measure == "tasks" and not ctx.params["task_data"]:
         raise UsageError("--tasks needs the files of the tasks; give --task-data DIR, or --task-data mmlu=DIR")

@@ -147,7 +147,7 @@ def evaluate_checkpoints(
     errors = {label: layer_errors(folder / LOG_NAME) for label, folder in folders.items()}
     measured: dict[str, Any] = {"accuracy": found, "memory": memory, "speeds": timed, "layer_errors": errors}
     table = rows(folders, identities=hashes, in_memory=kinds, sizes=sizes, **measured)
-    text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), seq_len=seq_len, stride=stride)
+    text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), window_tokens=seq_len, stride_tokens=stride)
     facts: dict[str, Any] = {"data": text, "seed": seed, "command": command}
     return finished_result(dtype=compute, device=where, rows=table, kv_cache=cost, answers=shown, **facts)
 
@@ -216,7 +216,7 @@ def evaluate_long_context(
             loaders(folders, {}, compute, where), ids, where, lengths=lengths, tell=on_progress, finished=finished
         )
     used = found.windows * longest + 1
-    text = Data(name=Path(data).name, sha256=digest, tokens=used, seq_len=longest, stride=longest)
+    text = Data(name=Path(data).name, sha256=digest, tokens=used, window_tokens=longest, stride_tokens=longest)
     return finished_result(
         dtype=compute, device=where, rows=table, long_context=found, data=text, seed=seed, command=command
     )

@@ -23,13 +23,15 @@ from qquant.stored_bytes import weights_bytes as weights_bytes
 
 CPU_PROMPT_BYTES, CPU_STEP_BYTES = 16_000_000, 4_000_000
 """What a CPU process holds beside tensors once the prompt has passed, and what the first decoding step adds: code of
-torch and oneDNN that is paged in when it first runs, compiled kernels, stacks of threads. These five were measured, not
+torch and oneDNN that is paged in when it first runs, compiled kernels, stacks of threads. These six were measured, not
 derived: resident set less model, cache and activations of the reference model, 11 MB, in the cells of docs/plan.md
 (torch 2.13, one thread). Beside a model of 500 MB they are less than 5 %."""
 CPU_CACHE_BYTES, CPU_PACKED_BYTES = 3_000_000, 2_000_000
 """The same for the Int8 cache's operators, and for packed linears."""
 CPU_PRODUCT_BYTES = 5_000_000
 """Of the first for oneDNN's products in 16 bits: a model does without whose linears all go through the Int4 kernel."""
+CPU_FLOAT32_BYTES = 8_000_000
+"""Instead of the first two for a model that computes in float32, for which torch does not need oneDNN."""
 CPU_QUANTIZING_BYTES = 50_000_000
 """Tokenizer, calibration samples and code that is paged in while a checkpoint is made. Measured: docs/plan.md."""
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
@@ -126,7 +128,7 @@ class _Run:
         first, last = self._cache(1), self._cache(self.new_tokens)
         early = self.batch * self.prompt_tokens <= INT4_KERNEL_ROWS  # the kernel's copies are made in the prompt's pass
         held = copies if early else 0
-        code, later = self._code(), CPU_STEP_BYTES if self.device == "cpu" else 0
+        code, later = self._code(), CPU_STEP_BYTES if self.device == "cpu" and self.element == 2 else 0
         # (copies of weights, cache, activations, code) at each moment that can be the peak.
         found = [(held, first, self._prompt(), code), (held, first, self._head(), code)]
         if self.new_tokens > 1:
@@ -146,7 +148,7 @@ class _Run:
         """What is neither weights nor cache nor activations: of libraries on a CPU, cuBLAS's on a card."""
         if self.device == "cuda":
             return CUBLAS_WORKSPACE_BYTES
-        found = CPU_PROMPT_BYTES
+        found = CPU_PROMPT_BYTES if self.element == 2 else CPU_FLOAT32_BYTES
         if self.kv_cache in BITS:
             found += CPU_CACHE_BYTES
         if self.precision in BITS:
@@ -317,9 +319,13 @@ def quantizing_bytes(
     passing = 3 * seq_len * inner * element_bytes + 4 * seq_len * shapes.hidden * element_bytes
     computing = block + stream + kept + max(stage, passing)
     embedding = stream + shapes.largest_tensor * element_bytes
-    # torch.isfinite: the magnitudes and three bytes of truth values beside both models' logits.
-    logits = seq_len * shapes.vocabulary * (3 * element_bytes + 3)
-    proving = 2 * shapes.embedding_parameters * element_bytes + logits
+    # Of what was written, read again beside the first model's ends and logits: a block packed in at most a byte per
+    # weight and its widest linear dequantized in float32 and in the compute dtype; then all logits, of both models; and
+    # with the first model alone torch.isfinite, the magnitudes and three bytes of truth values.
+    ends, logits = shapes.embedding_parameters * element_bytes, seq_len * shapes.vocabulary
+    widest = (4 + element_bytes) * max(linear.weights for linear in shapes.linears) + passing
+    running = 2 * ends + logits * element_bytes + block // element_bytes + widest
+    proving = max(running, 2 * (ends + logits * element_bytes), ends + logits * (3 * element_bytes + 3))
     beside = CPU_QUANTIZING_BYTES if device == "cpu" else 0
     # A tensor as it is stored and as it is computed in, on its way to the device.
     return max(computing, embedding, proving) + beside, 2 * shapes.largest_tensor * element_bytes

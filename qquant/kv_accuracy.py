@@ -132,9 +132,9 @@ def measure_kv_cache(
     return KVCacheCost(
         kind="int8",
         seed=seed,
-        window=window,
+        window_tokens=window,
         windows=count,
-        prompt=min(PROMPT, window // 2),
+        prompt_tokens=min(PROMPT, window // 2),
         models=tuple(one for one, _ in found.values()),
         decoded=decoded,
         ranges=tuple(_ranges(per_token, summary.chosen, window)),
@@ -263,8 +263,8 @@ def _ranges(per_token: dict[str, _PerToken], chosen: SchemeName, window: int) ->
     while first <= window:
         place = slice(first - 1, last)
         yield KVRange(
-            first=first,
-            last=last,
+            first_tokens=first,
+            last_tokens=last,
             tokens=len(per_token["exact"].nll) * (last - first + 1),
             exact=_point(per_token["exact"], place, exact=True),
             chosen=_point(per_token[chosen], place),

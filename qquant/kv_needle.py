@@ -80,7 +80,7 @@ def measure_needles(
             plain, ours = _ask(exact, contexts, answers), _ask(int8, contexts, answers)
             rows.append(
                 KVNeedle(
-                    length=length,
+                    length_tokens=length,
                     depth_percent=depth,
                     trials=TRIALS,
                     absent=_recall(absent, answers),

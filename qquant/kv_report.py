@@ -6,9 +6,9 @@ Pydantic models only, as in results.py, which holds one of these. How the number
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from qquant.records import NOT_MEASURED, PERCENT, Accuracy, Strict, field, shown, table
+from qquant.records import NOT_MEASURED, PERCENT, Accuracy, Strict, field, renamed, shown, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,11 +107,12 @@ class KVPoint(Strict):
 
 
 class KVRange(Strict):
-    """Predictions made from ``first`` to ``last`` tokens of context, over all windows."""
+    """Predictions made from ``first_tokens`` to ``last_tokens`` tokens of context, both included, over all windows."""
 
-    first: int
-    last: int
+    first_tokens: Annotated[int, renamed("first_tokens", "first")]
+    last_tokens: Annotated[int, renamed("last_tokens", "last")]
     tokens: int
+    """Predictions, one for each token that was predicted."""
     exact: KVPoint
     chosen: KVPoint
     published: KVPoint | None
@@ -124,7 +125,10 @@ class KVPeaks(Strict):
     """Largest magnitude by that of the median channel, in the head where this is largest."""
     heads: int
     largest: tuple[float, ...]
-    """Largest magnitude of each channel, head after head; of as many neighbours as ``channels_per_peak`` says."""
+    """Largest magnitude of each channel, head after head; of as many neighbours as ``channels_per_peak`` says.
+
+    Magnitudes of keys and values have no unit.
+    """
     channels_per_peak: int
 
 
@@ -162,7 +166,7 @@ class KVRecall(Strict):
 class KVNeedle(Strict):
     """Needles at one depth of contexts of one length."""
 
-    length: int
+    length_tokens: Annotated[int, renamed("length_tokens", "length")]
     """Tokens fed, the needle and the question included."""
     depth_percent: int
     """Share of the text that stands before the needle."""
@@ -182,10 +186,10 @@ class KVCacheCost(Strict):
     kind: Literal["int8"]
     seed: int
     """Of the needles; nothing else is drawn at random."""
-    window: int
+    window_tokens: Annotated[int, renamed("window_tokens", "window")]
     """Tokens of context per window; every window starts afresh."""
     windows: int
-    prompt: int
+    prompt_tokens: Annotated[int, renamed("prompt_tokens", "prompt")]
     """Tokens at the beginning of a window that its cache got in a call of their own, but for the published scheme."""
     models: tuple[KVModel, ...]
     decoded: KVDecoded
@@ -205,9 +209,10 @@ def kv_sections(cost: KVCacheCost, *, compute_dtype: str, picture: bool) -> list
     first = cost.models[0]
     return [
         "## KV cache",
-        f"Keys and values in 8 bits on {cost.windows} windows of {cost.window} tokens that each start afresh, measured "
-        f"as if every token had been decoded through the cache after a prompt of {cost.prompt}; the published scheme, "
-        "whose ranges depend on the call, sees each window as one prompt. KL is to the same model with an exact cache.",
+        f"Keys and values in 8 bits on {cost.windows} windows of {cost.window_tokens} tokens that each start afresh, "
+        f"measured as if every token had been decoded through the cache after a prompt of {cost.prompt_tokens}; the "
+        "published scheme, whose ranges depend on the call, sees each window as one prompt. KL is to the same model "
+        "with an exact cache.",
         _schemes(cost.models),
         *_noise(compute_dtype),
         *[_choice(model) for model in cost.models],
@@ -216,7 +221,7 @@ def kv_sections(cost: KVCacheCost, *, compute_dtype: str, picture: bool) -> list
         f"### By context length ({first.label}, chosen: {first.chosen})",
         table(
             ["tokens of context", *[heading for heading, _, _ in _RANGES]],
-            [[f"{row.first}-{row.last}", *_cells(row, _RANGES)] for row in cost.ranges],
+            [[f"{row.first_tokens}-{row.last_tokens}", *_cells(row, _RANGES)] for row in cost.ranges],
         ),
         f"### By layer ({first.label})",
         f"Errors are relative, over {cost.layer_tokens} tokens; an outlier is the largest magnitude by that of the "
@@ -260,7 +265,7 @@ def _choice(model: KVModel) -> str:
 def _needle_section(cost: KVCacheCost, first: KVModel) -> list[str]:
     title = f"### Needles at depth ({first.label}, chosen: {first.chosen})"
     if not cost.needles:
-        return [title, f"Needles were {NOT_MEASURED}: windows of {cost.window} tokens have no room for them."]
+        return [title, f"Needles were {NOT_MEASURED}: windows of {cost.window_tokens} tokens have no room for them."]
     trials = sorted({row.trials for row in cost.needles})
     tokens = cost.answer_tokens
     return [
@@ -270,7 +275,7 @@ def _needle_section(cost: KVCacheCost, first: KVModel) -> list[str]:
         f"{', '.join(map(str, trials))} needles; same top-1 compares int8 with the exact cache, right or wrong.",
         table(
             ["tokens", "depth (%)", *[heading for heading, _, _ in _NEEDLES]],
-            [[str(row.length), str(row.depth_percent), *_cells(row, _NEEDLES)] for row in cost.needles],
+            [[str(row.length_tokens), str(row.depth_percent), *_cells(row, _NEEDLES)] for row in cost.needles],
         ),
     ]
 

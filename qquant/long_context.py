@@ -147,7 +147,7 @@ def measure_long_context(
         models.append(_record(label, _made_for(model), losses, baseline, ordered, tail))
         baseline = baseline or losses
         del model
-    return LongContext(lengths=ordered, windows=count, tail_tokens=tail, models=tuple(models))
+    return LongContext(lengths_tokens=ordered, windows=count, tail_tokens=tail, models=tuple(models))
 
 
 def token_losses(
@@ -279,9 +279,9 @@ def _record(
             ours, theirs = losses[setting, length], baseline.get((setting, length))
             plain = None if setting == settings[0] else losses[settings[0], length]
             whole, end = _score(ours, plain, theirs), _score(last(ours), last(plain), last(theirs))
-            points.append(LongPoint(length=length, whole=whole, tail=end))
+            points.append(LongPoint(length_tokens=length, whole=whole, tail=end))
         rows.append(LongRow(setting=setting, points=tuple(points)))
-    return LongModel(label=label, made_for=made_for, rows=tuple(rows))
+    return LongModel(label=label, made_for_tokens=made_for, rows=tuple(rows))
 
 
 def _score(ours: Tensor | None, plain: Tensor | None, baseline: Tensor | None) -> LongScore:

@@ -6,9 +6,9 @@ Pydantic models only, as in results.py, which holds one of these. How the number
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from qquant.records import Strict, shown, table
+from qquant.records import Strict, renamed, shown, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ class LongScore(Strict):
 class LongPoint(Strict):
     """One column of the table."""
 
-    length: int
+    length_tokens: Annotated[int, renamed("length_tokens", "length")]
     """Tokens fed per window."""
     whole: LongScore
     """Every token of the text but the first."""
@@ -75,7 +75,7 @@ class LongModel(Strict):
     """One model in all its settings."""
 
     label: str
-    made_for: int | None
+    made_for_tokens: Annotated[int | None, renamed("made_for_tokens", "made_for")]
     """Tokens that its config names: seq_length of a Qwen v1 model, max_position_embeddings of any other."""
     rows: tuple[LongRow, ...]
 
@@ -83,10 +83,10 @@ class LongModel(Strict):
 class LongContext(Strict):
     """What ``--measure long-context`` measured; the first model is the baseline."""
 
-    lengths: tuple[int, ...]
+    lengths_tokens: Annotated[tuple[int, ...], renamed("lengths_tokens", "lengths")]
     """Tokens per window, ascending; each divides the longest."""
     windows: int
-    """Of the longest length; ``windows * lengths[-1]`` tokens are scored at every length."""
+    """Of the longest length; ``windows * lengths_tokens[-1]`` tokens are scored at every length."""
     tail_tokens: int
     """Tokens at the end of each longest window that ``LongPoint.tail`` is about: half of the shortest window."""
     models: tuple[LongModel, ...]
@@ -96,15 +96,15 @@ def long_sections(found: LongContext, *, picture: bool) -> list[str]:
     """The section of a report's Markdown, paragraph by paragraph; every number is a rounded field of the record."""
     scored = found.models[0].rows[0].points[-1].whole.tokens
     limits = [
-        f"{model.label} was made for {model.made_for} tokens"
-        if model.made_for is not None
+        f"{model.label} was made for {model.made_for_tokens} tokens"
+        if model.made_for_tokens is not None
         else f"the config of {model.label} names no length that it was made for"
         for model in found.models
     ]
     return [
         "## Long context",
-        f"Windows of {', '.join(map(str, found.lengths))} tokens that each start afresh and do not overlap: one text, "
-        f"the same {scored} tokens scored at every length. {'; '.join(limits)}.",
+        f"Windows of {', '.join(map(str, found.lengths_tokens))} tokens that each start afresh and do not overlap: one "
+        f"text, the same {scored} tokens scored at every length. {'; '.join(limits)}.",
         "### Perplexity by sequence length",
         "Over all predictions of the windows, from one token of context to a whole window of it.",
         _grid(found, lambda point: shown(point.whole.perplexity, ".4f")),
@@ -125,7 +125,7 @@ def _grid(found: LongContext, cell: Callable[[LongPoint], str | None]) -> str:
             cells = [cell(point) for point in row.points]
             if any(value is not None for value in cells):
                 body.append([model.label, SHOWN[row.setting], *[value or "-" for value in cells]])
-    return table(["model", "setting", *[str(length) for length in found.lengths]], body)
+    return table(["model", "setting", *[str(length) for length in found.lengths_tokens]], body)
 
 
 def _differences(found: LongContext) -> list[str]:
@@ -163,7 +163,7 @@ def draw_long_context(figure: Figure, found: LongContext) -> str | None:
     """
     from matplotlib.ticker import LogLocator
 
-    if len(found.lengths) < 2:
+    if len(found.lengths_tokens) < 2:
         return "one length makes no line"
     rows = sum(len(model.rows) for model in found.models)
     figure.set_size_inches(10, 4.3 + 0.25 * ((rows + 1) // 2))
@@ -173,7 +173,7 @@ def draw_long_context(figure: Figure, found: LongContext) -> str | None:
             for row in model.rows:
                 name = SHOWN[row.setting] if len(found.models) == 1 else f"{model.label}: {SHOWN[row.setting]}"
                 axis.plot(
-                    found.lengths,
+                    found.lengths_tokens,
                     [getattr(point, part).perplexity for point in row.points],
                     marker="o",
                     markersize=4,
@@ -181,11 +181,11 @@ def draw_long_context(figure: Figure, found: LongContext) -> str | None:
                     color=f"C{_COLOURS.index(row.setting)}",
                     label=name,
                 )
-        for length in sorted({model.made_for for model in found.models if model.made_for is not None}):
+        for length in sorted({model.made_for_tokens for model in found.models if model.made_for_tokens is not None}):
             axis.axvline(length, color="grey", linewidth=1, linestyle="--")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(found.lengths, [str(length) for length in found.lengths])
+        axis.set_xticks(found.lengths_tokens, [str(length) for length in found.lengths_tokens])
         axis.set(title=title, xlabel="tokens per window")
         axis.grid(alpha=0.25)
     left.set_ylabel("perplexity (dashed: length the model was made for)")

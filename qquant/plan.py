@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qquant.console import size_in_bytes, user_errors
+from qquant.console import counts, size_in_bytes, user_errors, words
 from qquant.errors import DoesNotFitError, UsageError
 
 
@@ -40,49 +40,39 @@ def plan_command(
         size = None if gpu is None else size_in_bytes(gpu, "--gpu")
         from qquant.plan_report import plan_sections
         from qquant.planning import Question, plan_model, what_would_fit
-        from qquant.publish import Kind, published, refuse_existing
+        from qquant.progress import step_progress
+        from qquant.publish import REPORT_FOLDER, published, refuse_existing
         from qquant.result_files import write_result
         from qquant.results import shown_command
 
-        kind = Kind("a report folder", lambda folder: (folder / "report.json").exists())
         if out is not None:
-            refuse_existing(out, kind, overwrite=overwrite)
+            refuse_existing(out, REPORT_FOLDER, overwrite=overwrite)
         if device not in ("cpu", "cuda"):
             raise UsageError(f"--device must be cuda or cpu, got {device!r}")
-        options: dict[str, Any] = {"runtime": runtime, "device": device}  # checked when the question is made
+        # Checked when the question is made.
+        options: dict[str, Any] = {"runtime": runtime, "device": device}
+        options |= {"precisions": words(precision), "kv_caches": words(kv)}
         question = Question(
-            precisions=_kinds(precision),
-            kv_caches=_kinds(kv),
-            batches=_numbers(batch, "batch"),
-            prompt_tokens=_numbers(prompt_tokens, "prompt-tokens"),
-            new_tokens=_numbers(new_tokens, "new-tokens"),
+            batches=counts(batch, "--batch"),
+            prompt_tokens=counts(prompt_tokens, "--prompt-tokens"),
+            new_tokens=counts(new_tokens, "--new-tokens"),
             group_size=group_size,
             samples=samples,
             seq_len=seq_len,
             device_bytes=size,
             **options,
         )
-        typed = ["python", "-m", "qquant.plan"] if sys.argv[0].endswith("plan.py") else [Path(sys.argv[0]).name]
-        result = plan_model(model, question, command=shown_command([*typed, *sys.argv[1:]]))
+        with step_progress() as on_progress:
+            on_progress(f"planning {model}", 0, 1)
+            result = plan_model(model, question, command=shown_command(sys.argv, module="qquant.plan"))
         assert result.plan is not None
         if out is not None:
-            with published(out, kind, overwrite=overwrite) as staging:
+            with published(out, REPORT_FOLDER, overwrite=overwrite) as staging:
                 write_result(result, staging)
         shown = result.model_dump_json(indent=2) if as_json else "\n\n".join(plan_sections(result.plan))
         typer.echo(shown)
         if (reason := what_would_fit(result.plan)) is not None:
             raise DoesNotFitError(reason)
-
-
-def _kinds(text: str) -> Any:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise UsageError(f"--{option} takes whole numbers with commas between them, as 1,4, got {text!r}") from error
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class PlanQuantizing(Strict):
     bits: int
     group_size: int
     samples: int
-    seq_len: int
+    seq_len_tokens: int
+    """Of each sample, at most."""
     device_bytes: int
     """On the device that computes: activations with one block and its Hessians, or the proof of what was written."""
     ram_bytes: int
@@ -160,8 +161,8 @@ def _quantizing_section(plan: Plan) -> list[str]:
     ]
     head = ("weights", "group", *(("RAM", "disk") if plan.device == "cpu" else ("card", "RAM", "disk")))
     said = (
-        f"From disk, one block at a time, {first.samples} samples of {first.seq_len} tokens. Python and torch come on "
-        f"top. {_SAID[unit]}"
+        f"From disk, one block at a time, {first.samples} samples of {first.seq_len_tokens} tokens. Python and torch "
+        f"come on top. {_SAID[unit]}"
     )
     return ["## Quantizing it", said, table(head, body)]
 

@@ -69,6 +69,10 @@ class Question:
         """Refuse what cannot be predicted, before a model is looked at."""
         known = [*ELEMENT_BYTES, *BITS]
         for name, values, words in (("precision", self.precisions, known), ("kv", self.kv_caches, [PLAIN, *known])):
+            if not values:
+                raise UsageError(f"--{name} takes at least one of {', '.join(words)}, got none")
+            if len(set(values)) < len(values):
+                raise UsageError(f"--{name} takes each value once, got {', '.join(values)}")
             if bad := [value for value in values if value not in words]:
                 raise UsageError(f"--{name} takes {', '.join(words)}, got {bad[0]!r}")
         for precision in self.precisions:
@@ -82,6 +86,9 @@ class Question:
             raise UsageError(f"--runtime must be one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
         if self.runtime == "qwen-2023" and self.device == "cpu":
             raise UsageError("the runtime qwen-2023 is predicted for a card; leave out --device cpu")
+        for name in ("batches", "prompt_tokens", "new_tokens"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UsageError(f"{name} must each be named once, got {getattr(self, name)}")
         counts = (*self.batches, *self.prompt_tokens, *self.new_tokens, self.samples, self.seq_len)
         if not counts or min(counts) < 1:
             raise UsageError(f"batches, tokens and samples must be at least 1, got {min(counts, default=0)}")
@@ -325,7 +332,7 @@ def _quantizing(shapes: ModelShapes, question: Question, bits: int) -> PlanQuant
         bits=bits,
         group_size=question.group_size,
         samples=question.samples,
-        seq_len=question.seq_len,
+        seq_len_tokens=question.seq_len,
         device_bytes=device,
         ram_bytes=ram,
         disk_bytes=weights_bytes(shapes, precision, group_size=question.group_size),

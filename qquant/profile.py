@@ -12,8 +12,7 @@ from typing import Annotated
 
 import typer
 
-from qquant.console import size_in_bytes, user_errors
-from qquant.errors import UsageError
+from qquant.console import counts, size_in_bytes, user_errors, words
 from qquant.journal import journal_of
 
 
@@ -54,21 +53,20 @@ def profile_command(
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         limit = None if memory_limit is None else size_in_bytes(memory_limit, "--memory-limit")
         batches, prompts, news = (
-            _counts(name, text)
+            counts(text, f"--{name}")
             for name, text in (("batch", batch), ("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens))
         )
         from qquant.profile_grid import Grid, profile_models
         from qquant.progress import quiet_transformers, step_progress
-        from qquant.publish import Kind, published, refuse_existing
+        from qquant.publish import REPORT_FOLDER, published, refuse_existing
         from qquant.result_files import write_result
         from qquant.results import shown_command
 
-        kind = Kind("a report folder", lambda folder: (folder / "report.json").exists())
-        refuse_existing(out, kind, overwrite=overwrite)
+        refuse_existing(out, REPORT_FOLDER, overwrite=overwrite)
         quiet_transformers()
         grid = Grid(
-            precisions=None if precision is None else _words(precision),
-            kv_caches=_words(kv),
+            precisions=None if precision is None else words(precision),
+            kv_caches=words(kv),
             batches=batches,
             prompt_tokens=prompts,
             new_tokens=news,
@@ -79,33 +77,22 @@ def profile_command(
             group_size=group_size,
             memory_limit_bytes=limit,
         )
-        typed = ["python", "-m", "qquant.profile"] if sys.argv[0].endswith("profile.py") else [Path(sys.argv[0]).name]
+        journal = journal_of(out)  # now: the current folder, as an output, is another one at the end
         with step_progress() as on_progress:
             result = profile_models(
                 models or [],
-                [name for text in random_weights or [] for name in _words(text)],
+                [name for text in random_weights or [] for name in words(text)],
                 grid,
-                journal=journal_of(out),
+                journal=journal,
                 resume=resume,
                 device=device,
-                command=shown_command([*typed, *sys.argv[1:]]),
+                command=shown_command(sys.argv, module="qquant.profile"),
                 on_progress=on_progress,
             )
-        with published(out, kind, overwrite=overwrite) as staging:
+        with published(out, REPORT_FOLDER, overwrite=overwrite) as staging:
             write_result(result, staging)
-        journal_of(out).unlink(missing_ok=True)  # what it kept is published now
+        journal.unlink(missing_ok=True)  # what it kept is published now
         typer.echo(out / "report.md")
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _counts(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _words(text))
-    except ValueError:
-        raise UsageError(f"--{option} must be whole numbers with commas between them, got {text!r}") from None
 
 
 if __name__ == "__main__":

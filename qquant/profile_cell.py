@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config
 
-from qquant.baselines import load_bitsandbytes
+from qquant.baselines import load_bitsandbytes, unlisted_bytes_of
 from qquant.checkpoint import load_model
 from qquant.kv_cache_quant import enable_kv_quant
 from qquant.measure import MemoryMeter, device_used_bytes, free_memory_bytes, tensor_bytes
@@ -183,7 +183,7 @@ def _measured(request: CellRequest, on_step: OnStep) -> ProfileCell:
     del cache
     used = running.read()
     memory = CellMemory(
-        tensor_bytes=loaded.tensor_bytes or tensor_bytes(model),
+        tensor_bytes=(loaded.tensor_bytes or tensor_bytes(model)) + unlisted_bytes_of(model),
         cache_bytes=held,
         rss_before_bytes=loaded.rss_before_bytes,
         rss_loaded_bytes=used.rss_before_bytes,

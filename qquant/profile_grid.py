@@ -119,10 +119,6 @@ def profile_models(
     targets = _targets(folders, random_weights, grid, place, on_progress)
     requests = [request for target in targets for request in _requests(target, grid, place)]
     shapes = {target.label: _shapes(target) for target in targets}
-    for target in targets:
-        found, _ = shapes[target.label]
-        if found is not None and target.folder is None and {*target.precisions} & {*BITS}:
-            refuse_uneven_groups(found, target.group_size)
     rows = _rows(targets, {label: parameters for label, (_, parameters) in shapes.items()})
     if grid.threads is not None:
         torch.set_num_threads(grid.threads)  # as in the cells, and as the record says
@@ -178,8 +174,8 @@ def _check(grid: Grid) -> None:
     for name, numbers in {**lists, "kv": grid.kv_caches, "precision": asked}.items():
         if not numbers or len(set(numbers)) < len(numbers):
             raise UsageError(f"--{name.replace('_', '-')} must be a list without repetitions, got {list(numbers)}")
-    refuse_below_one(**{name: min(numbers) for name, numbers in lists.items()})
-    refuse_below_one(repeats=grid.repeats, threads=grid.threads, memory_limit=grid.memory_limit_bytes)
+    least: dict[str, int | None] = {name: min(numbers) for name, numbers in lists.items()}
+    refuse_below_one(**least, repeats=grid.repeats, threads=grid.threads, memory_limit=grid.memory_limit_bytes)
     refuse_beyond_counting(*grid.batches, *grid.prompt_tokens, *grid.new_tokens, grid.repeats, grid.warmups)
     if not -(2**63) <= grid.seed < 2**63:
         raise UsageError(f"--seed must fit 64 bits, got {grid.seed}")
@@ -209,9 +205,8 @@ def _targets(
 
 def _stored(names: Sequence[str | Path], grid: Grid, device: torch.device, on_progress: OnProgress) -> Iterator[Target]:
     """Folders, each in the precision that its weights are in, a plain one also as bitsandbytes rounds it."""
-    for name in names:
-        if str(name).lower() in SIZES and not Path(name).exists():
-            raise UsageError(f"{name} is a size and no folder; measure it with --random-weights {name}")
+    if sizes := [name for name in names if str(name).lower() in SIZES and not Path(name).exists()]:
+        raise UsageError(f"{sizes[0]} is a size and no folder; measure it with --random-weights {sizes[0]}")
     for label, folder in labelled([resolve_folder(str(name)) for name in names]).items():
         config = read_config(folder)
         dtype = compute_dtype(stored_dtype(folder), device)
@@ -332,6 +327,8 @@ def _shapes(target: Target) -> tuple[ModelShapes | None, int]:
         model.tie_weights()
         _LOG.warning("%s is measured without a prediction: %s", target.label, error)
         return None, sum(parameter.numel() for parameter in model.parameters())
+    if target.folder is None and {*target.precisions} & {*BITS}:
+        refuse_uneven_groups(shapes, target.group_size)
     return shapes, shapes.parameters
 
 

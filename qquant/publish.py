@@ -25,6 +25,9 @@ class Kind:
     """Whether an existing folder with something in it is of this kind, so that --overwrite may replace it."""
 
 
+REPORT_FOLDER = Kind("a report folder", lambda folder: (folder / "report.json").exists())
+
+
 def refuse_existing(out: Path, kind: Kind, *, overwrite: bool) -> None:
     """Only a folder of the same kind (or an empty one) is ever replaced, and only if asked for.
 

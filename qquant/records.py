@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 NOT_MEASURED = "not measured"
 MB, PERCENT = "MB", "%"
@@ -98,6 +98,16 @@ class Footprint(Strict):
     """What a device or a process takes beside tensors and is known beforehand."""
     peak_bytes: int
     """The most at one moment; not always the sum, because loading has a peak of its own."""
+
+
+def renamed(now: str, before: str) -> Any:
+    """What ``Annotated`` says of a field that schema 1 had under another name: read by either, written by its own.
+
+    Args:
+        now: the field's name, which an error names, too.
+        before: its name in reports of schema 1. Giving a field by both is an error.
+    """
+    return Field(validation_alias=AliasChoices(now, before))
 
 
 def field(record: object, path: str) -> Any:

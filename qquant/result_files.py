@@ -140,8 +140,8 @@ def _models(rows: Sequence[ModelRow]) -> list[str]:
 
 def _text(data: Data) -> list[str]:
     return [
-        f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.seq_len}, "
-        f"stride {data.stride}."
+        f"Text `{data.name}` (sha256 `{data.sha256[:12]}…`), {data.tokens} tokens, windows of {data.window_tokens}, "
+        f"stride {data.stride_tokens}."
     ]
 
 

@@ -11,7 +11,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
@@ -21,7 +21,7 @@ from qquant.kv_report import KVCacheCost
 from qquant.long_report import LongContext
 from qquant.plan_report import Plan
 from qquant.profile_report import Profile
-from qquant.records import Accuracy, Environment, Memory, Speed, Strict
+from qquant.records import Accuracy, Environment, Memory, Speed, Strict, renamed
 from qquant.task_report import Tasks
 
 SECTIONS = ("kv_cache", "long_context", "answers", "tasks", "profile", "plan")
@@ -40,8 +40,10 @@ class Data(Strict):
     """Of the file's bytes as they lie on disk."""
     tokens: int
     """Tokens that were used, the unscored first one included."""
-    seq_len: int
-    stride: int
+    window_tokens: Annotated[int, renamed("window_tokens", "seq_len")]
+    """Fed at once."""
+    stride_tokens: Annotated[int, renamed("stride_tokens", "stride")]
+    """Newly scored per window, but for the first."""
 
 
 class LayerError(Strict):
@@ -100,7 +102,8 @@ class Result(Strict):
     """What one command found: what was run, where, on what, and what came out; the first row is the baseline."""
 
     schema_version: Literal[1, 2] = 2
-    """1 had no git_commit, no identity of models, and none of the sections tasks, answers, profile and plan."""
+    """1 had no git_commit, no identity of models, none of the sections tasks, answers, profile and plan, and shorter
+    names for some fields that hold tokens, see ``records.renamed``."""
     created: str
     """UTC, ISO 8601."""
     command: str

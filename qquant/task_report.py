@@ -48,7 +48,7 @@ class TaskGroup(Strict):
 
     name: str
     items: int
-    correct: int
+    correct_items: int
 
 
 class TaskScore(Strict):
@@ -63,17 +63,17 @@ class TaskScore(Strict):
     prompt_format: Literal["qwen", "lm-eval"]
     """Whose wording and rules of judging."""
     items: int
-    correct: int
-    unreadable: int
+    correct_items: int
+    unreadable_items: int
     """Items whose answer could not be read; they count as wrong."""
     score: float
-    """correct / items."""
+    """correct_items / items: a share, 0 to 1."""
     score_stderr: float
-    """sqrt(score * (1 - score) / items)."""
+    """sqrt(score * (1 - score) / items): a share, too, 0 to 0.5."""
     group_mean: float | None
-    """Mean over subjects of each subject's score: what C-Eval and CMMLU publish; None without subjects."""
+    """Mean over subjects of each subject's share, 0 to 1: what C-Eval and CMMLU publish; None without subjects."""
     groups: tuple[TaskGroup, ...]
-    truncated: int
+    truncated_items: int
     """Items whose prompt lost its oldest tokens or shots to fit the model."""
     seconds: float | None
     """Time it took; of a resumed run, of the part that was run last."""
@@ -86,17 +86,18 @@ class TaskComparison(Strict):
     task: TaskName
     items: int
     difference: float
-    """Candidate's score less the baseline's."""
+    """Candidate's score less the baseline's, -1 to 1."""
     ci95_low: float
-    """Of the difference, see ``qquant.paired``."""
+    """Lower limit of the difference, -1 to 1, see ``qquant.paired``."""
     ci95_high: float
-    only_baseline_correct: int
+    """Upper limit, -1 to 1."""
+    only_baseline_items: int
     """Items that the candidate lost."""
-    only_candidate_correct: int
+    only_candidate_items: int
     """Items that it won."""
     mcnemar_p: float
-    """Exact, two-sided."""
-    same_answer: int
+    """Probability, 0 to 1; exact, two-sided."""
+    same_answer_items: int
     """Items on which both decided alike, right or wrong."""
 
 
@@ -185,10 +186,10 @@ def _comparisons(tasks: Tasks, baseline: str, names: Sequence[TaskName]) -> list
             str(found.items),
             _points(found.difference),
             f"{_points(found.ci95_low)} to {_points(found.ci95_high)}",
-            str(found.only_baseline_correct),
-            str(found.only_candidate_correct),
+            str(found.only_baseline_items),
+            str(found.only_candidate_items),
             shown(found.mcnemar_p, ".2g"),
-            str(found.same_answer),
+            str(found.same_answer_items),
         )
         for found in sorted(tasks.comparisons, key=lambda found: names.index(found.task))
     ]
@@ -214,7 +215,7 @@ def _changed_subjects(
             lost = [change for change in changes if change[0] < 0][:_MOST_CHANGED]
             won = [change for change in changes if change[0] > 0][-_MOST_CHANGED:]
             for change, theirs, group in [*lost, *won]:
-                counts = (str(group.items), str(theirs.correct), str(group.correct))
+                counts = (str(group.items), str(theirs.correct_items), str(group.correct_items))
                 body.append((SHOWN[task], label, group.name, *counts, _points(change)))
     if not body:
         return []
@@ -231,7 +232,8 @@ def _changes(base: TaskScore, ours: TaskScore) -> list[tuple[float, TaskGroup, T
     """(change of the share, baseline's, candidate's) of subjects that both have whole, the greatest loss first."""
     theirs = {group.name: group for group in base.groups}
     pairs = [(theirs[group.name], group) for group in ours.groups if group.name in theirs]
-    changes = [((new.correct - old.correct) / new.items, old, new) for old, new in pairs if new.items == old.items > 0]
+    whole = [(old, new) for old, new in pairs if new.items == old.items > 0]
+    changes = [((new.correct_items - old.correct_items) / new.items, old, new) for old, new in whole]
     return sorted(changes, key=lambda change: (change[0], change[2].name))
 
 
@@ -253,8 +255,8 @@ def _conditions(tasks: Tasks, names: Sequence[TaskName]) -> list[str]:
             score.prompt_format,
             score.backend,
             str(score.items),
-            str(score.unreadable),
-            str(score.truncated),
+            str(score.unreadable_items),
+            str(score.truncated_items),
             NOT_MEASURED if score.seconds is None else f"{score.seconds:.1f}",
         )
         for score in sorted(tasks.scores, key=lambda score: names.index(score.task))

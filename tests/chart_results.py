@@ -142,16 +142,16 @@ def tasks() -> Tasks:
         scores=tuple(
             TaskScore(
                 label=label, task=name, style="base", shots=5, metric="accuracy", backend="qquant",
-                prompt_format="qwen", items=1000,
-                correct=int(1000 * (right[name] - lost)), unreadable=0, score=right[name] - lost, score_stderr=0.015,
-                group_mean=None, groups=(), truncated=0, seconds=None,
+                prompt_format="qwen", items=1000, correct_items=int(1000 * (right[name] - lost)), unreadable_items=0,
+                score=right[name] - lost, score_stderr=0.015, group_mean=None, groups=(), truncated_items=0,
+                seconds=None,
             )
             for name in names for label, lost in loss.items()
         ),
         comparisons=tuple(
             TaskComparison(
                 label=label, task=name, items=1000, difference=-lost, ci95_low=-lost - 0.012, ci95_high=-lost + 0.012,
-                only_baseline_correct=20, only_candidate_correct=10, mcnemar_p=0.1, same_answer=900,
+                only_baseline_items=20, only_candidate_items=10, mcnemar_p=0.1, same_answer_items=900,
             )
             for name in names for label, lost in loss.items() if lost
         ),

@@ -82,7 +82,7 @@ def make_result(*rows: ModelRow, **changes: Any) -> Result:
         "seed": 7,
         "compute_dtype": "bfloat16",
         "environment": make_environment(),
-        "data": record.Data(name="eval.txt", sha256="ab" * 32, tokens=1000, seq_len=512, stride=256),
+        "data": record.Data(name="eval.txt", sha256="ab" * 32, tokens=1000, window_tokens=512, stride_tokens=256),
         "rows": (
             rows[0],
             *(row.model_copy(update={"ratios": record.ratios_to_baseline(row, rows[0])}) for row in rows[1:]),
@@ -101,13 +101,13 @@ def make_score(label: str, task: str, correct: int, **changes: Any) -> task_repo
         "backend": "qquant",
         "prompt_format": "qwen",
         "items": 1000,
-        "correct": correct,
-        "unreadable": 0,
+        "correct_items": correct,
+        "unreadable_items": 0,
         "score": correct / 1000,
         "score_stderr": 0.0158,
         "group_mean": None,
         "groups": (),
-        "truncated": 0,
+        "truncated_items": 0,
         "seconds": 12.5,
     }
     return task_report.TaskScore(**{**fields, **changes})
@@ -132,10 +132,10 @@ def make_tasks(baseline: str = "qwen", candidate: str = "qwen-int4", **changes: 
                 difference=-0.006,
                 ci95_low=-0.021,
                 ci95_high=0.009,
-                only_baseline_correct=33,
-                only_candidate_correct=27,
+                only_baseline_items=33,
+                only_candidate_items=27,
                 mcnemar_p=0.519,
-                same_answer=871,
+                same_answer_items=871,
             ),
             task_report.TaskComparison(
                 label=candidate,
@@ -144,10 +144,10 @@ def make_tasks(baseline: str = "qwen", candidate: str = "qwen-int4", **changes: 
                 difference=-0.047,
                 ci95_low=-0.061,
                 ci95_high=-0.033,
-                only_baseline_correct=60,
-                only_candidate_correct=13,
+                only_baseline_items=60,
+                only_candidate_items=13,
                 mcnemar_p=1e-8,
-                same_answer=900,
+                same_answer_items=900,
             ),
         ),
     )
@@ -227,7 +227,7 @@ def make_plan_result() -> Result:
         ),
         quantizing=(
             plan_report.PlanQuantizing(
-                bits=4, group_size=128, samples=128, seq_len=2048, device_bytes=5 * GIB, ram_bytes=9 * GIB,
+                bits=4, group_size=128, samples=128, seq_len_tokens=2048, device_bytes=5 * GIB, ram_bytes=9 * GIB,
                 disk_bytes=6 * GIB,
             ),
         ),

@@ -71,7 +71,7 @@ def test_speed_and_memory_are_measured_for_every_model(report: results.Result) -
 
 def test_the_stride_is_half_a_window_unless_given(report: results.Result) -> None:
     assert report.data is not None
-    assert (report.data.seq_len, report.data.stride, report.data.tokens) == (32, 16, 101)
+    assert (report.data.window_tokens, report.data.stride_tokens, report.data.tokens) == (32, 16, 101)
 
 
 def test_perplexity_is_that_of_the_model_called_by_hand(tiny_qwen2: Path, held_out: Path) -> None:
@@ -240,8 +240,8 @@ def test_the_kv_cache_of_a_model_alone_is_evaluated_on_its_own_text(
     assert [row.label for row in report.rows] == ["model"]
     assert report.kv_cache is not None
     assert [scheme.name for scheme in report.kv_cache.models[0].schemes] == ["published", "none", "hadamard", "fold"]
-    assert (report.kv_cache.windows, report.kv_cache.window, report.kv_cache.seed) == (1, 80, 5)
-    assert {row.length for row in report.kv_cache.needles} == {80}
+    assert (report.kv_cache.windows, report.kv_cache.window_tokens, report.kv_cache.seed) == (1, 80, 5)
+    assert {row.length_tokens for row in report.kv_cache.needles} == {80}
     markdown = (out / "report.md").read_text()
     assert "## KV cache" in markdown
     assert str(tmp_path) not in markdown + (out / "report.json").read_text()

@@ -28,10 +28,10 @@ def test_the_door_measures_a_v1_folder_on_its_own_text(
     report = result_from_json((out / "report.json").read_bytes())
     assert report.long_context is not None
     assert report.kv_cache is None
-    assert report.long_context.lengths == (8, 16, 32)
+    assert report.long_context.lengths_tokens == (8, 16, 32)
     assert [row.setting for row in report.long_context.models[0].rows] == ["plain", "ntk", "ntk_logn", "logn"]
     assert report.data is not None
-    assert (report.data.name, report.data.tokens, report.data.seq_len) == ("eval.txt", 97, 32)
+    assert (report.data.name, report.data.tokens, report.data.window_tokens) == ("eval.txt", 97, 32)
     (row,) = report.rows
     assert (row.checkpoint_dtype, row.accuracy, row.speed) == ("float32", None, None)
     markdown = (out / "report.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_the_door_compares_a_quantized_candidate_of_another_family(
     report = result_from_json((out / "report.json").read_bytes())
     assert report.long_context is not None
     base, candidate = report.long_context.models
-    assert (base.made_for, [row.setting for row in base.rows]) == (256, ["as_configured"])
+    assert (base.made_for_tokens, [row.setting for row in base.rows]) == (256, ["as_configured"])
     assert candidate.label == "int4"
     assert candidate.rows[0].points[0].whole.to_baseline is not None
     assert report.rows[1].bits == 4

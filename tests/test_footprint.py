@@ -33,42 +33,67 @@ GQA = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 32000,
 }  # fmt: skip
-# Peaks in MB of benchmarks/bench_plan.py: one thread of an AVX-512 CPU, torch 2.13, transformers 5.23.
-MEASURED: list[tuple[dict[str, int], Precision, KVKind, int, int, int, float]] = [
-    (MHA, "bf16", "bf16", 1, 16, 16, 620.2),
-    (MHA, "bf16", "bf16", 4, 512, 16, 1019.9),
-    (MHA, "bf16", "bf16", 16, 256, 16, 2305.5),
-    (MHA, "bf16", "int8", 4, 512, 16, 975.4),
-    (MHA, "bf16", "int8", 16, 256, 16, 2217.7),
-    (MHA, "bf16", "int4", 4, 512, 16, 965.6),
-    (MHA, "int8", "bf16", 1, 16, 4, 471.2),
-    (MHA, "int8", "bf16", 4, 512, 4, 870.8),
-    (MHA, "int8", "int8", 4, 512, 4, 824.8),
-    (MHA, "int4", "bf16", 1, 16, 8, 475.0),
-    (MHA, "int4", "bf16", 4, 512, 8, 793.1),
-    (MHA, "int4", "int8", 4, 512, 8, 747.4),
-    (MHA, "int4", "int8", 1, 2048, 8, 455.5),
-    (GQA, "bf16", "bf16", 1, 1024, 16, 719.9),
-    (GQA, "bf16", "int8", 1, 1024, 16, 714.9),
-    (GQA, "bf16", "bf16", 8, 64, 16, 1168.7),
-    (GQA, "int8", "int8", 2, 512, 4, 543.8),
-    (GQA, "int4", "int8", 4, 256, 4, 551.7),
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+# Peaks in MB: benchmarks/bench_plan.py, and qquant profile on examples/reference-model and what is quantized from it.
+# One thread of an AVX-512 CPU, torch 2.13, transformers 5.23.
+MEASURED: list[tuple[dict[str, Any], Precision, KVKind, int, int, int, float]] = [
+    (MHA, "bf16", "bf16", 1, 16, 16, 526.4),
+    (MHA, "bf16", "bf16", 4, 512, 16, 673.7),
+    (MHA, "bf16", "bf16", 16, 256, 16, 826.5),
+    (MHA, "bf16", "int8", 4, 512, 16, 629.6),
+    (MHA, "bf16", "int8", 16, 256, 16, 739.1),
+    (MHA, "bf16", "int4", 4, 512, 16, 619.9),
+    (MHA, "int8", "bf16", 1, 16, 4, 393.2),
+    (MHA, "int8", "bf16", 4, 512, 4, 524.8),
+    (MHA, "int8", "int8", 4, 512, 4, 478.7),
+    (MHA, "int4", "bf16", 1, 16, 8, 392.5),
+    (MHA, "int4", "bf16", 4, 512, 8, 502.5),
+    (MHA, "int4", "int8", 4, 512, 8, 456.4),
+    (MHA, "int4", "int8", 1, 2048, 8, 455.1),
+    (GQA, "bf16", "bf16", 1, 1024, 16, 685.1),
+    (GQA, "bf16", "int8", 1, 1024, 16, 680.5),
+    (GQA, "bf16", "bf16", 8, 64, 16, 658.9),
+    (GQA, "int8", "int8", 2, 512, 4, 452.1),
+    (GQA, "int4", "int8", 4, 256, 4, 450.9),
+    (SMALL, "fp32", "fp32", 1, 128, 64, 32.6),
+    (SMALL, "fp32", "fp32", 8, 128, 64, 50.9),
+    (SMALL, "fp32", "int8", 1, 128, 64, 34.7),
+    (SMALL, "fp32", "int8", 8, 128, 64, 49.5),
+    (SMALL, "bf16", "bf16", 1, 128, 64, 32.3),
+    (SMALL, "bf16", "bf16", 8, 128, 64, 37.5),
+    (SMALL, "bf16", "int8", 1, 128, 64, 35.2),
+    (SMALL, "bf16", "int8", 8, 128, 64, 40.0),
+    (SMALL, "int8", "bf16", 1, 128, 64, 31.3),
+    (SMALL, "int8", "bf16", 8, 128, 64, 36.0),
+    (SMALL, "int8", "int8", 1, 128, 64, 33.7),
+    (SMALL, "int8", "int8", 8, 128, 64, 37.7),
+    (SMALL, "int4", "bf16", 1, 128, 64, 24.4),
+    (SMALL, "int4", "bf16", 8, 128, 64, 33.4),
+    (SMALL, "int4", "int8", 1, 128, 64, 27.0),
+    (SMALL, "int4", "int8", 8, 128, 64, 35.8),
 ]
 
 
 @pytest.mark.parametrize(
     ("sizes", "precision", "kv", "batch", "prompt", "new", "measured_mb"),
     MEASURED,
-    ids=["-".join(map(str, ("gqa" if case[0] is GQA else "mha", *case[1:6]))) for case in MEASURED],
+    ids=[
+        "-".join(map(str, ("gqa" if case[0] is GQA else "mha" if case[0] is MHA else "small", *case[1:6])))
+        for case in MEASURED
+    ],
 )
 def test_peaks_on_a_cpu_are_those_that_were_measured(
     sizes: dict[str, Any], precision: Precision, kv: KVKind, batch: int, prompt: int, new: int, measured_mb: float
 ) -> None:
-    shapes = model_shapes(AutoConfig.for_model("qwen2", **sizes, tie_word_embeddings=False))
+    shapes = model_shapes(AutoConfig.for_model("qwen2", **{"tie_word_embeddings": False, **sizes}))
     found = footprint(
-        shapes, precision=precision, kv_cache=kv, batch=batch, prompt_tokens=prompt, new_tokens=new, device="cpu"
-    )
-    # What is promised; the largest deviation was 1.0 %.
+        shapes, precision=precision, kv_cache=kv, batch=batch, prompt_tokens=prompt, new_tokens=new, device="cpu",
+        compute_dtype="fp32" if precision == "fp32" else "bf16",
+    )  # fmt: skip
+    # What is promised; the largest deviations were 0.9 % of the large models and 4.1 % of the small one.
     assert found.peak_bytes / 1e6 == pytest.approx(measured_mb, rel=0.05)
 
 
@@ -164,10 +189,10 @@ def test_on_a_cpu_an_int4_model_keeps_a_copy_for_its_kernel() -> None:
     assert footprint(QWEN_7B, **tall).weights_bytes > stored + half_a_byte
 
 
-def test_a_batch_on_a_cpu_copies_the_output_projection_for_every_sequence() -> None:
+def test_the_output_projection_is_not_copied_for_every_sequence() -> None:
     cell = CELL | {"device": "cpu", "precision": "bf16", "prompt_tokens": 16, "new_tokens": 1}
     two, three = (footprint(QWEN_7B, **cell | {"batch": batch}).peak_bytes for batch in (2, 3))
-    assert three - two >= 2 * QWEN_7B.vocabulary * QWEN_7B.hidden
+    assert three - two < QWEN_7B.vocabulary * QWEN_7B.hidden
 
 
 def test_the_original_held_two_caches() -> None:
@@ -190,6 +215,30 @@ def test_what_has_no_formula_is_refused(changes: dict[str, Any], message: str) -
 
 
 def test_quantizing_takes_more_for_more_samples_and_never_the_whole_model() -> None:
-    few, _ = quantizing_bytes(QWEN_7B, samples=16, seq_len=512)
-    many, _ = quantizing_bytes(QWEN_7B, samples=128, seq_len=512)
-    assert few < many < weights_bytes(QWEN_7B, "bf16") / 2
+    # With fewer samples the proof of the written folder takes most.
+    few, _ = quantizing_bytes(QWEN_7B, samples=128, seq_len=2048)
+    many, _ = quantizing_bytes(QWEN_7B, samples=512, seq_len=2048)
+    assert few < many < weights_bytes(QWEN_7B, "bf16")
+
+
+# Peaks in MB of qquant quantize on a CPU, less 365 MB that its imports take: random Qwen2 and Llama models of 2 blocks.
+QUANTIZED: dict[str, tuple[str, dict[str, Any], int, int, float]] = {
+    # The proof of what was written is the peak, of the first in judging the logits, of the second in running a block.
+    "proof_tied": ("qwen2", {"hidden_size": 1024, "intermediate_size": 2816, "heads": (8, 8)}, 16, 512, 273.1),
+    "proof_untied": ("llama", {"hidden_size": 1536, "intermediate_size": 4096, "heads": (12, 4)}, 16, 512, 548.8),
+    # Here the last stage of a block is the peak.
+    "walk": ("qwen2", {"hidden_size": 1024, "intermediate_size": 2816, "heads": (8, 8)}, 64, 512, 425.5),
+}
+
+
+@pytest.mark.parametrize(("family", "sizes", "samples", "seq_len", "measured_mb"), QUANTIZED.values(), ids=QUANTIZED)
+def test_quantizing_takes_what_was_measured(
+    family: str, sizes: dict[str, Any], samples: int, seq_len: int, measured_mb: float
+) -> None:
+    heads, kv_heads = sizes["heads"]
+    options = {name: value for name, value in sizes.items() if name != "heads"}
+    options |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(family, **options, vocab_size=32000, tie_word_embeddings=family == "qwen2")
+    found, _ = quantizing_bytes(model_shapes(config), samples=samples, seq_len=seq_len, device="cpu")
+    # What is promised; the largest deviation was 3.7 %.
+    assert found / 1e6 == pytest.approx(measured_mb, rel=0.1)

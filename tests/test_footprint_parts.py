@@ -130,7 +130,7 @@ def test_a_plain_cache_has_one_layer_s_longer_copy_beside_it() -> None:
     found = footprint(DEEP, **{**CELL, "batch": 2}, prompt_tokens=100, new_tokens=101)
     values = 2 * 8 * 200 * 64 * 2
     assert found.cache_bytes == 8 * (values + values // 2)
-    assert values <= found.activations_bytes < 2 * values
+    assert values <= found.activations_bytes < values + values // 2  # and not the keys beside it
     assert found.peak_bytes == sum(
         (found.weights_bytes, found.cache_bytes, found.activations_bytes, found.overhead_bytes)
     )

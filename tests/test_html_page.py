@@ -58,7 +58,7 @@ def everything() -> tuple[Result, ...]:
         make_row(HOSTILE, "baseline"),
         make_row(f"int4\n{HOSTILE}"),
         command=HOSTILE,
-        data=Data(name=HOSTILE, sha256="cd" * 32, tokens=9, seq_len=4, stride=4),
+        data=Data(name=HOSTILE, sha256="cd" * 32, tokens=9, window_tokens=4, stride_tokens=4),
         answers=make_answers(HOSTILE, ["<b>", HOSTILE, "\x07"], ["<b>", "\n", "&amp;"]),
     )
     return (

@@ -148,8 +148,14 @@ class TestComparing:
         ("changes", "reason"),
         [
             ({"compute_dtype": "float32"}, r"another dtype \(bfloat16 there, float32 here\)"),
-            ({"data": Data(name="b.txt", sha256="cd" * 32, tokens=9, seq_len=512, stride=256)}, "another text"),
-            ({"data": Data(name="eval.txt", sha256="ab" * 32, tokens=1000, seq_len=64, stride=64)}, "another window"),
+            (
+                {"data": Data(name="b.txt", sha256="cd" * 32, tokens=9, window_tokens=512, stride_tokens=256)},
+                "another text",
+            ),
+            (
+                {"data": Data(name="eval.txt", sha256="ab" * 32, tokens=1000, window_tokens=64, stride_tokens=64)},
+                "another window",
+            ),
             ({"environment": make_profile_result().environment}, r"another device \(A CPU there, A GPU here\)"),
         ],
         ids=["dtype", "text", "windows", "device"],
@@ -298,7 +304,7 @@ class TestVerdict:
         other = make_result(
             make_row("qwen", "baseline"),
             make_row("qwen-int4", accuracy=make_accuracy(12.6, 0.01)),
-            data=Data(name="books.txt", sha256="cd" * 32, tokens=9, seq_len=512, stride=256),
+            data=Data(name="books.txt", sha256="cd" * 32, tokens=9, window_tokens=512, stride_tokens=256),
         )
         (verdict,) = joined_scores.verdicts([make_result(), other])
         assert "perplexity +0.10 % (on eval.txt in bfloat16)" in verdict.sentence()

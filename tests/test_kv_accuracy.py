@@ -226,7 +226,7 @@ def test_bytes_are_codes_and_ranges_of_all_layers(cost: KVCacheCost) -> None:
 
 
 def test_ranges_double_and_add_up_to_all_predictions(cost: KVCacheCost) -> None:
-    assert [(row.first, row.last) for row in cost.ranges] == [(1, 64), (65, 96)]
+    assert [(row.first_tokens, row.last_tokens) for row in cost.ranges] == [(1, 64), (65, 96)]
     assert sum(row.tokens for row in cost.ranges) == 2 * WINDOW
     mean = sum(row.tokens * math.log(row.exact.perplexity) for row in cost.ranges) / (2 * WINDOW)
     assert mean == pytest.approx(cost.models[0].exact.nll_mean_nats, rel=1e-9)
@@ -355,7 +355,7 @@ class TestNeedles:
     @pytest.mark.usefixtures("few")
     def test_a_model_that_copies_finds_every_needle_and_none_where_there_is_none(self, text: Tensor) -> None:
         rows = kv_needle.measure_needles(self.copying(), self.copying(), text, longest=128, seed=0)
-        assert [(row.length, row.depth_percent) for row in rows] == [
+        assert [(row.length_tokens, row.depth_percent) for row in rows] == [
             (length, depth) for length in (64, 128) for depth in (0, 25, 50, 75, 100)
         ]
         assert all((row.exact.hit_rate, row.int8.hit_rate, row.agreement) == (1, 1, 1) for row in rows)
@@ -365,7 +365,7 @@ class TestNeedles:
     @pytest.mark.usefixtures("few")
     def test_a_cache_that_forgets_loses_the_needles_that_are_far_back(self, text: Tensor) -> None:
         rows = kv_needle.measure_needles(self.copying(), self.copying(reach=40), text, longest=128, seed=0)
-        deep = {(row.length, row.depth_percent): (row.int8.hit_rate, row.agreement) for row in rows}
+        deep = {(row.length_tokens, row.depth_percent): (row.int8.hit_rate, row.agreement) for row in rows}
         assert deep[128, 0] == (0, 0)
         assert deep[128, 100] == (1, 1)
 

@@ -83,7 +83,7 @@ def make_model(label: str, **changes: Any) -> KVModel:
 def make_needle(length: int, depth: int) -> KVNeedle:
     recalls = [KVRecall(logprob_mean_nats=-value, hit_rate=1 / value) for value in (8.125, 1.5, 1.75)]
     return KVNeedle(
-        length=length,
+        length_tokens=length,
         depth_percent=depth,
         trials=16,
         absent=recalls[0],
@@ -98,15 +98,15 @@ def make_cost(**changes: Any) -> KVCacheCost:
     fields: dict[str, Any] = {
         "kind": "int8",
         "seed": 7,
-        "window": 512,
+        "window_tokens": 512,
         "windows": 32,
-        "prompt": 64,
+        "prompt_tokens": 64,
         "models": (make_model("big"), make_model("int4")),
         "decoded": KVDecoded(tokens=256, kl_mean_nats=0.0021, at_once_kl_mean_nats=0.0022),
         "ranges": (
             KVRange(
-                first=1,
-                last=64,
+                first_tokens=1,
+                last_tokens=64,
                 tokens=2048,
                 exact=KVPoint(perplexity=13.5, kl_mean_nats=None),
                 chosen=point,

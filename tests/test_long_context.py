@@ -88,7 +88,7 @@ def directly(model: Any, ids: Tensor, length: int) -> Tensor:
 
 def point_of(found: LongContext, setting: SettingName, length: int, *, model: int = 0) -> LongPoint:
     row = next(row for row in found.models[model].rows if row.setting == setting)
-    return next(point for point in row.points if point.length == length)
+    return next(point for point in row.points if point.length_tokens == length)
 
 
 @pytest.mark.parametrize("setting", list(FLAGS))
@@ -144,10 +144,10 @@ def test_up_to_the_trained_length_switches_move_no_bit_so_it_is_measured_once(
 
 def test_rows_and_lengths_are_those_asked_for(found: LongContext) -> None:
     (model,) = found.models
-    assert (model.label, model.made_for) == ("v1", TRAINED)
+    assert (model.label, model.made_for_tokens) == ("v1", TRAINED)
     assert [row.setting for row in model.rows] == list(FLAGS)
-    assert {tuple(point.length for point in row.points) for row in model.rows} == {LENGTHS}
-    assert (found.lengths, found.windows, found.tail_tokens) == (LENGTHS, 2, 4)
+    assert {tuple(point.length_tokens for point in row.points) for row in model.rows} == {LENGTHS}
+    assert (found.lengths_tokens, found.windows, found.tail_tokens) == (LENGTHS, 2, 4)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64], ids=["single", "uneven", "whole"])
@@ -256,7 +256,7 @@ def test_another_family_has_one_row_and_may_go_beyond_its_positions(checkpoint: 
     found = measure_long_context({"llama": lambda: model}, ids, CPU, lengths=(32, 64))
     assert settings_of(model) == ("as_configured",)
     assert [row.setting for row in found.models[0].rows] == ["as_configured"]
-    assert found.models[0].made_for == 32
+    assert found.models[0].made_for_tokens == 32
     expected = directly(model, ids[:129], 64).mean().item()
     assert abs(point_of(found, "as_configured", 64).whole.nll_mean_nats - expected) < TOLERANCE
 

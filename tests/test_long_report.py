@@ -48,7 +48,7 @@ def make_row(setting: SettingName, nll: float, *, baseline: bool) -> LongRow:
         setting=setting,
         points=tuple(
             LongPoint(
-                length=length,
+                length_tokens=length,
                 whole=make_score(nll + number, 8192, plain=plain, baseline=baseline),
                 tail=make_score(nll + number / 2, 1024, plain=plain, baseline=baseline),
             )
@@ -59,11 +59,11 @@ def make_row(setting: SettingName, nll: float, *, baseline: bool) -> LongRow:
 
 def make_model(label: str = "big", *, baseline: bool = True, **changes: Any) -> LongModel:
     rows = tuple(make_row(name, 1 + 0.1 * i, baseline=baseline) for i, name in enumerate(SHOWN) if i < 4)
-    return LongModel(**{"label": label, "made_for": 2048, "rows": rows, **changes})
+    return LongModel(**{"label": label, "made_for_tokens": 2048, "rows": rows, **changes})
 
 
 def make_found(*models: LongModel) -> LongContext:
-    return LongContext(lengths=LENGTHS, windows=2, tail_tokens=512, models=models or (make_model(),))
+    return LongContext(lengths_tokens=LENGTHS, windows=2, tail_tokens=512, models=models or (make_model(),))
 
 
 def report_of(found: LongContext) -> Result:
@@ -111,7 +111,7 @@ def test_a_model_alone_in_one_setting_has_nothing_to_compare() -> None:
 
 
 def test_the_length_a_model_was_made_for_is_said_or_said_to_be_unknown() -> None:
-    found = make_found(make_model(), make_model("other", baseline=False, made_for=None))
+    found = make_found(make_model(), make_model("other", baseline=False, made_for_tokens=None))
     said = long_sections(found, picture=False)[1]
     assert "big was made for 2048 tokens" in said
     assert "the config of other names no length that it was made for" in said
@@ -152,7 +152,7 @@ def test_the_picture_is_drawn_and_stands_in_its_section(tmp_path: Path) -> None:
 def test_one_length_is_not_drawn_and_the_log_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = make_row("plain", 1.0, baseline=True)
     short = row.model_copy(update={"points": row.points[:1]})
-    found = LongContext(lengths=LENGTHS[:1], windows=8, tail_tokens=512, models=(make_model(rows=(short,)),))
+    found = LongContext(lengths_tokens=LENGTHS[:1], windows=8, tail_tokens=512, models=(make_model(rows=(short,)),))
     with caplog.at_level(logging.WARNING, "qquant.result_files"):
         assert write_result(report_of(found), tmp_path).plots == ()
     assert "one length makes no line" in caplog.text

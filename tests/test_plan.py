@@ -17,6 +17,7 @@ from qquant.errors import BadModelError, UsageError
 from qquant.plan_report import Plan
 from qquant.planning import Question, plan_model, what_would_fit
 from qquant.results import Result
+from tests.conftest import Factory
 
 
 def run(*words: Any) -> Outcome:
@@ -72,7 +73,7 @@ def test_nothing_fits_says_what_would() -> None:
     found = plan("qwen-72b", device_bytes=24 * 2**30)
     said = what_would_fit(found)
     assert said is not None
-    assert "nothing fits 24.00 GiB: qwen-72b in int4 with a int8 cache" in said
+    assert "nothing fits 24.00 GiB: qwen-72b in int4 with an int8 cache" in said
     assert "or 2 of them" in said
 
 
@@ -81,7 +82,7 @@ def test_a_cell_too_large_names_the_batch_that_fits() -> None:
     assert found.cells[0].fits is False
     said = what_would_fit(found)
     assert said is not None
-    assert f"int4 with a int8 cache fits at batch {found.limits[0].largest_batch}" in said
+    assert f"int4 with an int8 cache fits at batch {found.limits[0].largest_batch}" in said
 
 
 EXIT_CODES: dict[str, tuple[tuple[str, ...], int]] = {
@@ -95,6 +96,9 @@ EXIT_CODES: dict[str, tuple[tuple[str, ...], int]] = {
     "bad_number": (("qwen-72b", "--batch", "1;4"), 2),
     "bad_count": (("qwen-72b", "--batch", "0"), 2),
     "bad_runtime": (("qwen-72b", "--runtime", "qwen-2022"), 2),
+    "empty_list": (("qwen-7b", "--kv", ""), 2),
+    "more_than_a_report_can_show": (("qwen-7b", "--batch", "9" * 400, "--gpu", "24GiB"), 2),
+    "plain_cache_of_another_dtype": (("qwen-7b", "--precision", "fp32", "--kv", "bf16"), 2),
     "group_does_not_divide": (("qwen-7b", "--group-size", "48"), 2),
 }
 
@@ -104,6 +108,34 @@ def test_the_exit_code_tells_whether_it_fits(words: tuple[str, ...], code: int) 
     done = run(*words)
     assert done.exit_code == code, done.output
     assert done.stderr.startswith("error: ") is (code != 0)
+
+
+def test_a_plain_cache_is_in_what_is_computed_in() -> None:
+    found = plan("qwen-1.8b", precisions=("fp32", "fp16", "int4"))
+    kinds = [(cell.precision, cell.kv_cache) for cell in found.cells]
+    assert kinds == [
+        (p, kv) for p, own in (("fp32", "fp32"), ("fp16", "fp16"), ("int4", "bf16")) for kv in (own, "int8")
+    ]
+
+
+def test_values_in_4_bits_need_heads_of_32_channels(tiny_qwen2: Path) -> None:
+    with pytest.raises(UsageError, match=r"a head of qwen2 here has 16; leave int4 out of --kv"):
+        plan(str(tiny_qwen2), group_size=32, kv_caches=("int4",))
+
+
+def test_sizes_are_printed_in_a_unit_that_shows_them(tiny_qwen2: Path) -> None:
+    small, large = run(tiny_qwen2, "--group-size", 32), run("qwen-1.8b")
+    assert "In MiB (2^20 bytes)." in small.stdout
+    assert "GiB (" not in small.stdout
+    assert "In GiB (2^30 bytes)." in large.stdout
+    assert "MiB" not in large.stdout
+    assert "nothing fits 24 bytes" in run("qwen-1.8b", "--gpu", "24").stderr
+
+
+def test_more_tokens_than_positions_are_said(tiny_qwen2: Path) -> None:
+    said = "are more than the 256 positions"
+    assert said in run(tiny_qwen2, "--group-size", 32, "--prompt-tokens", 250, "--new-tokens", 7).stdout
+    assert said not in run(tiny_qwen2, "--group-size", 32, "--prompt-tokens", 250, "--new-tokens", 6).stdout
 
 
 def test_json_is_the_whole_record() -> None:
@@ -149,6 +181,23 @@ def test_the_first_matrix_that_cannot_be_cut_is_named(
 def test_a_smaller_group_that_divides_lets_it_be_cut() -> None:
     rows = plan("qwen2.5-72b", precisions=("int4",), group_size=32).tensor_parallel
     assert [row.fits for row in rows] == [True, True, True, False]  # 924 groups
+
+
+def test_cards_are_offered_only_where_the_matrices_can_be_cut() -> None:
+    # 48 GiB of Int4 on two cards of 40 would have room, but 29568 / 128 = 231 groups cannot be cut.
+    found = plan("qwen2.5-72b", precisions=("int4",), device_bytes=30 * 2**30)
+    said = what_would_fit(found)
+    assert said is not None
+    assert "of them" not in said
+
+
+def test_key_and_value_heads_may_lie_on_several_cards_but_not_in_part(checkpoint: Factory) -> None:
+    few = checkpoint("llama", num_attention_heads=12, num_key_value_heads=3, hidden_size=96)
+    rows = plan(str(few), precisions=("bf16",)).tensor_parallel
+    assert [(row.ranks, row.fits) for row in rows[:3]] == [(1, True), (2, False), (4, False)]
+    assert rows[1].reason == "3 key and value heads by 2"
+    shared = plan(str(checkpoint("llama")), precisions=("bf16",)).tensor_parallel  # 4 query heads, 2 of keys and values
+    assert [row.fits for row in shared] == [True, True, True, False]
 
 
 def test_a_group_size_that_divides_nothing_is_refused_by_name() -> None:

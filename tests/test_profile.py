@@ -107,7 +107,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
 def test_the_grid_is_every_combination_once(asked: Asked, tmp_path: Path, tiny_qwen2: Path) -> None:
     grid = Grid(
-        precisions=("bf16", "int4"), kv_caches=("plain", "int8"), batches=(1, 4), prompt_tokens=(8,), new_tokens=(2, 3)
+        precisions=("bf16", "int4"),
+        kv_caches=("plain", "int8"),
+        batches=(1, 4),
+        prompt_tokens=(8,),
+        new_tokens=(2, 3),
+        group_size=32,
     )
     result = profile_models([], [str(tiny_qwen2)], grid, journal=tmp_path / "j")
     assert result.profile is not None
@@ -260,6 +265,19 @@ REFUSED = {
     "an unknown precision": (["{folder}", "--precision", "int5"], "int4"),
     "an unknown cache": (["{folder}", "--kv", "int5"], "int8"),
     "an unknown size": (["--random-weights", "qwen-8t"], "qwen-7b"),
+    "a size as a folder": (["qwen-7b"], "--random-weights qwen-7b"),
+    "a size twice in other letters": (["--random-weights", "qwen-7b,QWEN-7B"], "twice"),
+    "no precision": (["{folder}", "--precision", ""], "--precision"),
+    "a batch beyond counting": (["{folder}", "--batch", "9" * 400], "2^40"),
+    "a seed beyond 64 bits": (["{folder}", "--seed", "9" * 40], "64 bits"),
+    "groups of nothing": (
+        ["--random-weights", "{folder}", "--precision", "int4", "--group-size", "0"],
+        "at least 1",
+    ),
+    "groups that divide no row": (
+        ["--random-weights", "{folder}", "--precision", "int4", "--group-size", "48"],
+        "48 does not divide 64",
+    ),
     "a size twice": (["--random-weights", "qwen-7b,qwen-7b"], "twice"),
     "a batch of nothing": (["{folder}", "--batch", "0"], "batch"),
     "no batch": (["{folder}", "--batch", ","], "--batch"),
@@ -279,6 +297,19 @@ def test_what_cannot_be_measured_is_refused_with_a_remedy(
     assert said in done.stderr
     assert not asked
     assert not list(tmp_path.iterdir())
+
+
+def test_a_baseline_that_cannot_be_loaded_is_refused_before_the_first_cell(
+    asked: Asked, tmp_path: Path, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, kind: str) -> None:
+        raise UsageError(f"{kind} needs the package bitsandbytes")
+
+    monkeypatch.setattr(profile_grid, "check_bitsandbytes", refuse)
+    with pytest.raises(UsageError, match="nf4 needs the package"):
+        profile_models([tiny_qwen2], [], Grid(precisions=("fp32", "nf4")), journal=tmp_path / "j")
+    assert not asked
+    assert not (tmp_path / "j").exists()
 
 
 def test_sizes_are_read_with_their_units(asked: Asked, tmp_path: Path, tiny_qwen2: Path, run: Any) -> None:

@@ -112,7 +112,7 @@ def make_report(*candidates: ModelRow) -> Result:
             threads=2,
             device="A CPU",
         ),
-        data=record.Data(name="eval.txt", sha256="ab" * 32, tokens=1000, seq_len=512, stride=256),
+        data=record.Data(name="eval.txt", sha256="ab" * 32, tokens=1000, window_tokens=512, stride_tokens=256),
         rows=(
             BASELINE,
             *(row.model_copy(update={"ratios": ratios_to_baseline(row, BASELINE)}) for row in rows),
@@ -232,7 +232,7 @@ def test_text_that_is_no_json_is_refused() -> None:
 
 def test_a_number_that_is_not_finite_has_no_place_in_a_report() -> None:
     with pytest.raises(ValidationError):
-        record.Data(name="x", sha256="", tokens=1, seq_len=1, stride=float("nan"))  # type: ignore[arg-type]
+        record.Data(name="x", sha256="", tokens=1, window_tokens=1, stride_tokens=float("nan"))  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
         LayerError(name="x", relative_error=float("inf"))
 

@@ -294,11 +294,11 @@ def test_shortened_prompts_of_finished_batches_still_count(
     setting.options = {"shots": 1, "batch_size": 1}
     whole, items = run_tasks(setting, resume=False)
     assert whole.tasks is not None
-    assert [score.truncated for score in whole.tasks.scores] == [1, 1]
+    assert [score.truncated_items for score in whole.tasks.scores] == [1, 1]
     monkeypatch.setattr(asking, "answer", never)
     again, same = run_tasks(setting, resume=True)
     assert again.tasks is not None
-    assert [score.truncated for score in again.tasks.scores] == [1, 1]
+    assert [score.truncated_items for score in again.tasks.scores] == [1, 1]
     assert same == items
 
 
@@ -310,7 +310,7 @@ def test_shortened_prompts_that_the_harness_had_still_count(setting: Setting, mo
     monkeypatch.setattr(asking, "run_lm_eval", never)
     again, _ = run_tasks(setting, resume=True)
     assert again.tasks is not None
-    assert [score.truncated for score in again.tasks.scores] == [1, 1]
+    assert [score.truncated_items for score in again.tasks.scores] == [1, 1]
 
 
 # ---- a profile

@@ -89,7 +89,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_score(result: Result) -> dict[tuple[str, str], tuple[int, int]]:
     assert result.tasks is not None
-    return {(score.label, score.task): (score.items, score.correct) for score in result.tasks.scores}
+    return {(score.label, score.task): (score.items, score.correct_items) for score in result.tasks.scores}
 
 
 @pytest.mark.usefixtures("confined")
@@ -104,7 +104,7 @@ def test_all_five_tasks_run_offline_from_published_files(root: Path, models: tup
     for score in result.tasks.scores:
         own = [item for item in items if (item.label, item.task) == (score.label, score.task)]
         assert score.items == len(own) == counts[score.task]
-        assert score.correct == sum(item.correct for item in own)
+        assert score.correct_items == sum(item.correct for item in own)
         assert score.style == "base"
         assert [group.items for group in score.groups] == ([ITEMS, ITEMS] if score.task in ALL[:3] else [])
     assert [score.shots for score in result.tasks.scores[::2]] == [5, 5, 5, 8, 0]
@@ -113,7 +113,7 @@ def test_all_five_tasks_run_offline_from_published_files(root: Path, models: tup
         scores = by_score(result)
         difference = scores[candidate.name, one.task][1] - scores[baseline.name, one.task][1]
         assert one.difference == pytest.approx(difference / one.items, abs=1e-12)
-        assert one.only_candidate_correct - one.only_baseline_correct == difference
+        assert one.only_candidate_items - one.only_baseline_items == difference
     assert [(data.task, data.items, data.limit) for data in result.tasks.data] == [(t, counts[t], None) for t in ALL]
     assert result_from_json(result.model_dump_json()) == result
     write_items(items, tmp_path)
@@ -135,7 +135,7 @@ def test_a_model_that_knows_the_answers_gets_all_of_them(
     result, _ = evaluate_tasks(models[0], [], tasks=[task], data=root, style="base")
     assert result.tasks is not None
     (score,) = result.tasks.scores
-    assert (score.score, score.unreadable, score.score_stderr) == (1.0, 0, 0.0)
+    assert (score.score, score.unreadable_items, score.score_stderr) == (1.0, 0, 0.0)
     assert score.group_mean == (None if task == "gsm8k" else 1.0)
 
 
@@ -163,7 +163,7 @@ def test_a_model_against_itself_differs_nowhere(root: Path, models: tuple[Path, 
     result, _ = evaluate_tasks(models[0], [models[0]], tasks=["mmlu"], data=root, limit=1)
     assert result.tasks is not None
     (one,) = result.tasks.comparisons
-    assert (one.difference, one.same_answer, one.only_baseline_correct, one.mcnemar_p) == (0.0, 2, 0, 1.0)
+    assert (one.difference, one.same_answer_items, one.only_baseline_items, one.mcnemar_p) == (0.0, 2, 0, 1.0)
     assert [row.label for row in result.rows] == [models[0].name, f"{models[0].name}#2"]
 
 
@@ -224,7 +224,8 @@ def test_the_harness_gets_the_loaded_model_once_and_its_decisions_are_kept(
     result, items = evaluate_tasks(models[0], [], **options)
     assert result.tasks is not None
     (score,) = result.tasks.scores
-    assert (score.backend, score.style, score.shots, score.truncated, score.correct) == ("lm-eval", "base", 0, 1, 2)
+    assert (score.backend, score.style, score.shots) == ("lm-eval", "base", 0)
+    assert (score.truncated_items, score.correct_items) == (1, 2)
     assert evaluate_tasks(models[0], [], **options, resume=True)[1] == items
     assert calls == [("mmlu", 0, "Qwen2ForCausalLM")]
 

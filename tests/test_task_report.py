@@ -20,20 +20,20 @@ def _score(label: str, task: TaskName, correct: int, items: int, **fields: Any) 
         "metric": "accuracy",
         "backend": "qquant",
         "prompt_format": "qwen",
-        "unreadable": 0,
+        "unreadable_items": 0,
         "score": share,
         "score_stderr": math.sqrt(share * (1 - share) / items),
         "group_mean": None,
         "groups": (),
-        "truncated": 0,
+        "truncated_items": 0,
         "seconds": 12.34,
     }
-    return TaskScore(label=label, task=task, items=items, correct=correct, **default | fields)
+    return TaskScore(label=label, task=task, items=items, correct_items=correct, **default | fields)
 
 
 def _grouped(label: str, task: TaskName, correct: dict[str, int], items: int = 10) -> TaskScore:
-    groups = tuple(TaskGroup(name=name, items=items, correct=count) for name, count in correct.items())
-    mean = sum(group.correct / group.items for group in groups) / len(groups)
+    groups = tuple(TaskGroup(name=name, items=items, correct_items=count) for name, count in correct.items())
+    mean = sum(group.correct_items / group.items for group in groups) / len(groups)
     return _score(label, task, sum(correct.values()), items * len(groups), groups=groups, group_mean=mean)
 
 
@@ -43,10 +43,10 @@ def _comparison(label: str, task: TaskName, **fields: Any) -> TaskComparison:
         "difference": -0.0375,
         "ci95_low": -0.1052,
         "ci95_high": 0.0251,
-        "only_baseline_correct": 5,
-        "only_candidate_correct": 2,
+        "only_baseline_items": 5,
+        "only_candidate_items": 2,
         "mcnemar_p": 0.453125,
-        "same_answer": 71,
+        "same_answer_items": 71,
     }
     return TaskComparison(label=label, task=task, **default | fields)
 
@@ -57,14 +57,15 @@ def _data(task: TaskName, items: int, limit: int | None = None) -> TaskData:
 
 def _tasks() -> Tasks:
     base = dict.fromkeys(SUBJECTS, 5)
+    exact: dict[str, Any] = {"shots": 8, "metric": "exact_number"}
     moved = dict(zip(SUBJECTS, (5, 1, 9, 4, 6, 3, 5, 4), strict=True))
     return Tasks(
         data=(_data("cmmlu", 80, limit=10), _data("gsm8k", 50, limit=50)),
         scores=(
             _grouped("qwen", "cmmlu", base),
             _grouped("qwen-int4", "cmmlu", moved),
-            _score("qwen", "gsm8k", 25, 50, shots=8, metric="exact_number", unreadable=3, truncated=2, seconds=None),
-            _score("qwen-int4", "gsm8k", 24, 50, shots=8, metric="exact_number"),
+            _score("qwen", "gsm8k", 25, 50, **exact, unreadable_items=3, truncated_items=2, seconds=None),
+            _score("qwen-int4", "gsm8k", 24, 50, **exact),
         ),
         comparisons=(_comparison("qwen-int4", "gsm8k", mcnemar_p=1.0), _comparison("qwen-int4", "cmmlu")),
     )

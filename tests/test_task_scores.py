@@ -45,13 +45,14 @@ BASELINE, CANDIDATE = items_of("original", 2), items_of("quantized", 3)
 def test_a_score_is_worked_out_over_all_items_and_over_subjects() -> None:
     found = score_of(BASELINE, style="base", shots=5, truncated=2, seconds=1.5)
     assert (found.label, found.task, found.metric) == ("original", "ceval", "accuracy")
-    assert (found.items, found.correct, found.unreadable) == (7, 3, 1)
+    assert (found.items, found.correct_items, found.unreadable_items) == (7, 3, 1)
     assert found.score == pytest.approx(3 / 7, abs=1e-15)
     assert found.score_stderr == pytest.approx(0.18704390591656488, abs=1e-15)  # sqrt(3/7 * 4/7 / 7)
     # law 3 of 6, logic 0 of 1: each subject counts once, whatever its size.
     assert found.group_mean == pytest.approx(0.25, abs=1e-15)
-    assert [(group.name, group.items, group.correct) for group in found.groups] == [("law", 6, 3), ("logic", 1, 0)]
-    assert (found.style, found.shots, found.truncated, found.seconds) == ("base", 5, 2, 1.5)
+    groups = [(group.name, group.items, group.correct_items) for group in found.groups]
+    assert groups == [("law", 6, 3), ("logic", 1, 0)]
+    assert (found.style, found.shots, found.truncated_items, found.seconds) == ("base", 5, 2, 1.5)
     assert (found.backend, found.prompt_format) == ("qquant", "qwen")
 
 
@@ -70,9 +71,9 @@ def test_a_comparison_is_worked_out_item_by_item() -> None:
     found = comparison_of(BASELINE, CANDIDATE)
     assert (found.label, found.task, found.items) == ("quantized", "ceval", 7)
     assert found.difference == pytest.approx(4 / 7 - 3 / 7, abs=1e-15)
-    assert (found.only_baseline_correct, found.only_candidate_correct) == (1, 2)
+    assert (found.only_baseline_items, found.only_candidate_items) == (1, 2)
     # law/0, law/4 and logic/0: right together or wrong with one letter. Wrong with two letters is no same answer.
-    assert found.same_answer == 3
+    assert found.same_answer_items == 3
     # Of 3 items that changed sides 1 or fewer lost: 2 * (1 + 3) / 2**3.
     assert found.mcnemar_p == pytest.approx(1.0, abs=1e-12)
     assert found.ci95_low < found.difference < found.ci95_high
@@ -82,7 +83,7 @@ def test_the_other_way_round_the_signs_turn() -> None:
     there, back = comparison_of(BASELINE, CANDIDATE), comparison_of(CANDIDATE, BASELINE)
     assert back.label == "original"
     assert math.isclose(back.difference, -there.difference)
-    assert (back.only_baseline_correct, back.only_candidate_correct, back.same_answer) == (2, 1, 3)
+    assert (back.only_baseline_items, back.only_candidate_items, back.same_answer_items) == (2, 1, 3)
 
 
 @pytest.mark.parametrize(

@@ -286,8 +286,8 @@ def _draw_comparison(drawing: Drawing, result: Result, one: TaskComparison, x: S
     look, name = look_of(labels, one.label), short_names(labels).get(one.label, one.label)
     low, middle, high = (100 * value for value in (one.ci95_low, one.difference, one.ci95_high))
     tip = (
-        f"{one.label} on {one.items:,} items of {_TASKS[one.task]}: lost {one.only_baseline_correct}, won "
-        f"{one.only_candidate_correct}, McNemar p = {number_text(one.mcnemar_p)}"
+        f"{one.label} on {one.items:,} items of {_TASKS[one.task]}: lost {one.only_baseline_items}, won "
+        f"{one.only_candidate_items}, McNemar p = {number_text(one.mcnemar_p)}"
     )
     drawing.text(8, y + 8, clipped(name, x.end - 10, SMALL), size=SMALL, halo=True, tip=tip)
     drawing.line([(x.at(low), y + 17), (x.at(high), y + 17)], stroke=look.colour, width=2.2)

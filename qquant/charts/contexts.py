@@ -45,7 +45,7 @@ def context_charts(results: Sequence[Result]) -> list[Chart]:
     """Perplexity against length and divergence by cache scheme, for the results that hold them."""
     charts = []
     for number, result in enumerate(results, 1):
-        if result.long_context is not None and len(result.long_context.lengths) > 1:
+        if result.long_context is not None and len(result.long_context.lengths_tokens) > 1:
             charts.append(_long_chart(f"long-context-{number}", result.long_context))
         if result.kv_cache is not None:
             charts += _kv_charts(f"kv-cache-{number}", result.kv_cache)
@@ -68,16 +68,16 @@ def _long_chart(anchor: str, found: LongContext) -> Chart:
         ),
         height=2 * (plot + 56) + 22,
     )
-    made_for = sorted({model.made_for for model in found.models if model.made_for is not None})
+    made_for = sorted({model.made_for_tokens for model in found.models if model.made_for_tokens is not None})
     values = [place.y for part in curves.values() for curve in part for place in curve.places]
     top = 28.0
     for part, title in parts.items():
         frame = plot_frame(top, plot, right=names_width(curves[part], 150))
-        x = doubling_scale(found.lengths, frame.left + 4, frame.right - 4)
+        x = doubling_scale(found.lengths_tokens, frame.left + 4, frame.right - 4)
         wide = value_scale(values, frame.bottom, frame.top, wide=4)
         y = wide if wide.log else linear_scale(values, frame.bottom, frame.top, from_zero=False)
         x_title = "tokens per window" if part == "tail" else ""
-        draw_axes(drawing, frame, x, y, x_title=x_title, y_title=title, x_ticks=found.lengths)
+        draw_axes(drawing, frame, x, y, x_title=x_title, y_title=title, x_ticks=found.lengths_tokens)
         for length in made_for:
             if x.low < length < x.high:
                 drawing.line([(x.at(length), frame.top), (x.at(length), frame.bottom)], stroke=MUTED, dash="2 3")
@@ -117,9 +117,9 @@ def _long_name(found: LongContext, model: LongModel, row: LongRow) -> str:
 def _long_places(model: LongModel, row: LongRow, part: str) -> tuple[Place, ...]:
     return tuple(
         Place(
-            point.length,
+            point.length_tokens,
             getattr(point, part).perplexity,
-            f"{model.label}, {SHOWN[row.setting]}, {point.length} tokens: {getattr(point, part).perplexity:.4f}",
+            f"{model.label}, {SHOWN[row.setting]}, {point.length_tokens} tokens: {getattr(point, part).perplexity:.4f}",
         )
         for point in row.points
     )

@@ -80,7 +80,7 @@ def _divergence(results: Sequence[Result]) -> Iterator[Table]:
             return None
         return (
             ("text", f"{data.name}, {data.tokens:,} tokens, sha256 {data.sha256[:12]}"),
-            ("window", f"{data.seq_len} tokens, stride {data.stride}"),
+            ("window", f"{data.window_tokens} tokens, stride {data.stride_tokens}"),
             ("dtype", result.compute_dtype),
             ("device", result.environment.device),
             ("baseline", identity(result.rows[0])),
@@ -237,7 +237,7 @@ def _caches(results: Sequence[Result]) -> Iterator[Table]:
                     percent(field(found, "top1_agreement"), ".2f"),
                 ])  # fmt: skip
         intro = (
-            f"Result {place}: {cost.windows} windows of {cost.window} tokens, {result.compute_dtype} on "
+            f"Result {place}: {cost.windows} windows of {cost.window_tokens} tokens, {result.compute_dtype} on "
             f"{result.environment.device}. KL is to the same model with an exact cache."
         )
         title = f"What keys and values in 8 bits cost {cost.models[0].label}"
@@ -256,7 +256,9 @@ def _lengths(results: Sequence[Result]) -> Iterator[Table]:
         if found is None:
             continue
         made = ", ".join(
-            f"{model.label} for {model.made_for:,}" for model in found.models if model.made_for is not None
+            f"{model.label} for {model.made_for_tokens:,}"
+            for model in found.models
+            if model.made_for_tokens is not None
         )
         intro = f"Result {place}: {result.compute_dtype} on {result.environment.device}; tokens per window across."
         intro += f" Made for this many tokens: {made}." if made else ""
@@ -266,7 +268,7 @@ def _lengths(results: Sequence[Result]) -> Iterator[Table]:
                 for model in found.models
                 for row in model.rows
             ]
-            head = ("model", "setting", *[f"{length:,}" for length in found.lengths])
+            head = ("model", "setting", *[f"{length:,}" for length in found.lengths_tokens])
             title = f"Perplexity of {found.models[0].label} by length, {name}"
             yield make_table("long-context", title, head, body, labels=2, intro=intro)
 

@@ -65,7 +65,7 @@ def _quantizing(model: str, needed: Sequence[PlanQuantizing], places: Sequence[i
         head = ("bits", "group size", "samples", f"device ({unit})", f"RAM ({unit})", f"disk ({unit})")
         body = [
             [
-                str(found.bits), str(found.group_size), f"{found.samples} x {found.seq_len}",
+                str(found.bits), str(found.group_size), f"{found.samples} x {found.seq_len_tokens}",
                 *[size_text(size, scale) for size in own],
             ]
             for found, own in zip(needed, sizes, strict=True)

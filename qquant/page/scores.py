@@ -172,8 +172,8 @@ def _differences(results: Sequence[Result]) -> Iterator[Table]:
         [
             f"{found.label} - {result.rows[0].label}", TASKS[found.task], str(place), str(found.items),
             f"{100 * found.difference:+.2f}", f"{100 * found.ci95_low:+.2f} .. {100 * found.ci95_high:+.2f}",
-            str(found.only_baseline_correct), str(found.only_candidate_correct), f"{found.mcnemar_p:.3g}",
-            percent(found.same_answer / found.items if found.items else None),
+            str(found.only_baseline_items), str(found.only_candidate_items), f"{found.mcnemar_p:.3g}",
+            percent(found.same_answer_items / found.items if found.items else None),
         ]
         for place, result in enumerate(results, 1)
         for found in (result.tasks.comparisons if result.tasks else ())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from qquant.errors import UsageError
 from qquant.paired import compare
@@ -51,7 +51,7 @@ def score_of(
     for item in items:
         if item.group is not None:
             by_group.setdefault(item.group, []).append(item.correct)
-    groups = tuple(TaskGroup(name=name, items=len(own), correct=sum(own)) for name, own in by_group.items())
+    groups = tuple(TaskGroup(name=name, items=len(own), correct_items=sum(own)) for name, own in by_group.items())
     return TaskScore(
         label=first.label,
         task=first.task,
@@ -61,13 +61,13 @@ def score_of(
         backend=backend,
         prompt_format=prompt_format,
         items=len(items),
-        correct=correct,
-        unreadable=sum(item.answer is None for item in items),
+        correct_items=correct,
+        unreadable_items=sum(item.answer is None for item in items),
         score=score,
         score_stderr=math.sqrt(score * (1 - score) / len(items)),
-        group_mean=sum(group.correct / group.items for group in groups) / len(groups) if groups else None,
+        group_mean=sum(group.correct_items / group.items for group in groups) / len(groups) if groups else None,
         groups=groups,
-        truncated=truncated,
+        truncated_items=truncated,
         seconds=seconds,
     )
 
@@ -85,10 +85,16 @@ def comparison_of(baseline: Sequence[TaskItem], candidate: Sequence[TaskItem]) -
     if [item.id for item in baseline] != [item.id for item in candidate]:
         raise UsageError("a paired comparison needs the same items of both models in the same order, these differ")
     pairs = list(zip(baseline, candidate, strict=True))
-    found: dict[str, Any] = vars(compare([one.correct for one in baseline], [one.correct for one in candidate]))
+    found = compare([one.correct for one in baseline], [one.correct for one in candidate])
     return TaskComparison(
         label=candidate[0].label,
         task=candidate[0].task,
-        same_answer=sum(theirs.answer == ours.answer for theirs, ours in pairs),
-        **found,
+        items=found.items,
+        difference=found.difference,
+        ci95_low=found.ci95_low,
+        ci95_high=found.ci95_high,
+        only_baseline_items=found.only_baseline_correct,
+        only_candidate_items=found.only_candidate_correct,
+        mcnemar_p=found.mcnemar_p,
+        same_answer_items=sum(theirs.answer == ours.answer for theirs, ours in pairs),
     )
