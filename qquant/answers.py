@@ -6,7 +6,7 @@ Prompts, greedy continuations and their tokens as text live here; their record a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 from qquant.answer_report import Answer, Answers, AnswerToken, ModelAnswer
 from qquant.errors import BadDataError, NumericError, UsageError
 from qquant.measure import StepFn, step_fn
-
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
+from qquant.telling import OnProgress, unheard
 
 _SHOWN_CHARACTERS = 600
 """Of a prompt's end: some hundred tokens; the record of a longer one would hold pages of text."""
@@ -58,7 +56,7 @@ def sample_answers(
     *,
     new_tokens: int,
     device: torch.device,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> Answers:
     """Let every model continue every prompt greedily, one sequence at a time.
 

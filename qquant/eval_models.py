@@ -21,9 +21,7 @@ from qquant.eval_record import model_rows
 from qquant.identity import model_sha256
 from qquant.results import ModelRow
 from qquant.sources import read_config
-
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
+from qquant.telling import OnProgress
 
 
 def bitsandbytes_labels(folders: Mapping[str, Path], names: Sequence[str]) -> dict[str, BitsAndBytesKind]:

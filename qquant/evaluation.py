@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qquant.errors import UsageError
+from qquant.telling import OnProgress, unheard
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from qquant.measure import Memory, Speed
     from qquant.results import Result
 
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
 
 KV_CACHES = ("int8",)
 """What ``kv_cache`` may name."""
@@ -53,7 +52,7 @@ def evaluate_checkpoints(
     journal: Path | None = None,
     resume: bool = False,
     command: str = "evaluate_checkpoints() from Python",
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> Result:
     """Compare candidates with their baseline on one text, and return the record that ``write_result`` makes files of.
 
@@ -166,7 +165,7 @@ def evaluate_long_context(
     journal: Path | None = None,
     resume: bool = False,
     command: str = "evaluate_long_context() from Python",
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> Result:
     """Perplexity by sequence length, with and without NTK and LogN where a model has them, and return the record.
 

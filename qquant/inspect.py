@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 
 from qquant.console import user_errors
 from qquant.errors import BadModelError
+from qquant.telling import OnProgress, unheard
 
 if TYPE_CHECKING:
     from qquant.hf_plugin import GptqFileConfig
@@ -47,9 +47,7 @@ def inspect_command(
             raise BadModelError("; ".join(facts["problems"]))
 
 
-def examine(
-    folder: Path, on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> dict[str, Any]:
+def examine(folder: Path, on_progress: OnProgress = unheard) -> dict[str, Any]:
     """Every fact about a checkpoint folder, ready for JSON; sizes are in bytes.
 
     Args:
@@ -177,7 +175,7 @@ def _relative_errors(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
     return {"highest": modules[: -_EXTREMES - 1 : -1], "lowest": modules[:_EXTREMES]}
 
 
-def _manifest(folder: Path, on_progress: Callable[[str, int, int], None]) -> dict[str, bool] | None:
+def _manifest(folder: Path, on_progress: OnProgress) -> dict[str, bool] | None:
     """Whether each file that the manifest names is there unchanged; None without a manifest of ours."""
     from qquant.checkpoint import MANIFEST_NAME, sha256
     from qquant.json_files import read_json

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -32,9 +32,7 @@ from qquant.kv_schemes import (
     schemes_for,
 )
 from qquant.records import Accuracy
-
-Tell = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
+from qquant.telling import OnProgress, unheard
 
 LAYER_WINDOWS = 4
 """Windows that the errors of the layers are measured on; they are sums over all tokens and settle soon."""
@@ -91,7 +89,7 @@ def measure_kv_cache(
     window: int,
     max_tokens: int,
     seed: int,
-    tell: Tell = lambda what, done, total: None,
+    tell: OnProgress = unheard,
 ) -> KVCacheCost:
     """Measure the Int8 cache of every model, and in depth that of the first.
 
@@ -147,7 +145,7 @@ def measure_kv_cache(
 
 
 def _measure_schemes(
-    label: str, model: PreTrainedModel, ids: Tensor, device: torch.device, window: int, tell: Tell
+    label: str, model: PreTrainedModel, ids: Tensor, device: torch.device, window: int, tell: OnProgress
 ) -> tuple[KVModel, dict[str, _PerToken]]:
     """One model with every scheme; the per-token results of "exact" and of each scheme besides."""
     names = schemes_for(model)

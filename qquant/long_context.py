@@ -27,9 +27,7 @@ from qquant.long_report import (
     LongScore,
     SettingName,
 )
-
-Tell = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
+from qquant.telling import OnProgress, unheard
 
 _CHUNK_ELEMENTS = 2**24
 """Logits held at a time: 64 MiB in float32, 110 tokens of a 152k vocabulary. Fewer would read the head more often."""
@@ -100,7 +98,7 @@ def measure_long_context(
     device: torch.device,
     *,
     lengths: Sequence[int],
-    tell: Tell = lambda what, done, total: None,
+    tell: OnProgress = unheard,
     finished: Journal | None = None,
 ) -> LongContext:
     """Score one text at every length with every model in all its settings; one model is in memory at a time.
@@ -218,7 +216,7 @@ def _losses(
     ids: Tensor,
     device: torch.device,
     lengths: Sequence[int],
-    tell: Tell,
+    tell: OnProgress,
     finished: Journal | None,
 ) -> _Losses:
     """Every setting at every length; raises for numbers that no perplexity can be made of."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,9 @@ from qquant.results import ModelRow, Result
 from qquant.shapes import model_shapes
 from qquant.sources import compute_dtype, pick_device, read_config, resolve_folder, skeleton
 from qquant.stored_bytes import refuse_beyond_counting, refuse_uneven_groups
+from qquant.telling import OnProgress, unheard
 
 _LOG = logging.getLogger("qquant.profile_grid")
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
 PLAIN = "plain"
 """Names the cache that keeps keys and values in the dtype that a model computes in, whichever that is."""
 
@@ -93,7 +92,7 @@ def profile_models(
     resume: bool = False,
     device: str = "auto",
     command: str = "profile_models() from Python",
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> Result:
     """Measure memory and speed of models over a grid; a cell that has no memory, or fails, is labelled and passed by.
 

@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qquant.config import ModuleRecord
-
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much); details of one step come after a colon."""
+from qquant.telling import OnProgress
 
 PLAIN_SECONDS = 30.0
 """Between two lines where stderr is no terminal."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qquant.errors import BadDataError, UsageError
 from qquant.tasks.items import PromptFormat, Style, TaskName
+from qquant.telling import OnProgress, unheard
 from qquant.text_sources import at_home
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from qquant.task_report import TaskItem, Tasks
     from qquant.tasks.asking import AskedTask, Decisions
 
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
 Backend = Literal["qquant", "lm-eval"]
 
 _TOO_LARGE = "a batch does not fit the device; lower --batch-size"
@@ -53,7 +52,7 @@ def evaluate_tasks(
     journal: Path | None = None,
     resume: bool = False,
     command: str = "evaluate_tasks() from Python",
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> tuple[Result, list[TaskItem]]:
     """Put tasks to a model and its candidates, and return the record and every decision.
 

@@ -24,9 +24,7 @@ from qquant.tasks.items import PromptFormat, Question, Style, TaskName, TaskSet,
 from qquant.tasks.lm_eval_backend import run_lm_eval
 from qquant.tasks.runner import Reply, answer, batches
 from qquant.tasks.sandbox import Limits
-
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
+from qquant.telling import OnProgress
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ from qquant.errors import BadDataError, BadModelError, NumericError, UsageError
 from qquant.task_report import TaskItem
 from qquant.tasks.items import LETTERS, Item, TaskSet, Verdict
 from qquant.tasks.lm_eval_prompts import FEWSHOT_SEED, GSM8K_SCORED, compared_text, judge, questions
-
-OnProgress = Callable[[str, int, int], None]
-"""(what is being done, how far, of how much)."""
+from qquant.telling import OnProgress, unheard
 
 OLDEST = (0, 4, 13)
 """The lm-eval whose task files and samples this was written and checked against; older ones build tasks otherwise."""
@@ -82,7 +80,7 @@ def run_lm_eval(
     batch_size: int,
     allow_code_execution: bool = False,
     context_tokens: int | None = None,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> LmEvalRun:
     """Let the harness put a task to a model that is already loaded, and return its decisions.
 
@@ -148,7 +146,7 @@ def run_harness(
     shots: int,
     batch_size: int,
     context_tokens: int | None = None,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> list[Sample]:
     """The harness's samples of one task, in the order of ``data.items``; nothing is executed.
 
