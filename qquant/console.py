@@ -64,7 +64,7 @@ def user_errors(*, debug: bool = False) -> Iterator[None]:
 
 
 def size_in_bytes(text: str, option: str) -> int:
-    """A size as people type it, ``24GiB``, ``24GB``, ``800 mb`` or a plain number of bytes.
+    """A size as people type it, ``24GiB``, ``24GB``, ``800 mb``, or a plain number of bytes from a MiB on.
 
     Args:
         text: what was typed.
@@ -76,7 +76,8 @@ def size_in_bytes(text: str, option: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     unit = _UNITS.get(found[2].upper()) if found else None
     size = float(found[1]) * unit if found and unit else 0.0
-    if not 1 <= size < _MOST_BYTES:
+    forgotten = found is not None and not found[2] and size < _UNITS["MIB"]  # nobody means 24 bytes
+    if forgotten or not 1 <= size < _MOST_BYTES:
         raise UsageError(f"{option} must be a size such as 24GiB or 800MB, got {printable(text[:40])!r}")
     return int(size)
 

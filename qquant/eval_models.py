@@ -18,7 +18,7 @@ from qquant.checkpoint import load_model, quantization_config
 from qquant.errors import DoesNotFitError
 from qquant.eval_inputs import stored_dtype
 from qquant.eval_record import model_rows
-from qquant.identity import model_sha256
+from qquant.identity import model_sha256, tokenizer_sha256
 from qquant.results import ModelRow
 from qquant.sources import read_config
 from qquant.telling import OnProgress
@@ -50,6 +50,11 @@ def loaders(
 def identities(folders: Mapping[str, Path], tell: OnProgress) -> dict[str, str]:
     """``identity.model_sha256`` of every folder, by label."""
     return {label: model_sha256(folder, partial(tell, f"hashing {label}")) for label, folder in folders.items()}
+
+
+def tokenizers(folders: Mapping[str, Path]) -> dict[str, str]:
+    """``identity.tokenizer_sha256`` of every folder, by label."""
+    return {label: tokenizer_sha256(folder) for label, folder in folders.items()}
 
 
 def rows(folders: Mapping[str, Path], **measured: Any) -> tuple[ModelRow, ...]:

@@ -88,7 +88,7 @@ def evaluate_checkpoints(
     from qquant.baselines import unlisted_bytes_of, weights_bytes_of
     from qquant.checkpoint import LOG_NAME
     from qquant.eval_inputs import prompt_length, read_inputs, refuse_below_one, stored_dtype
-    from qquant.eval_models import bitsandbytes_labels, fits, identities, loaders, rows
+    from qquant.eval_models import bitsandbytes_labels, fits, identities, loaders, rows, tokenizers
     from qquant.eval_record import finished_result, layer_errors
     from qquant.journal import kept
     from qquant.kv_accuracy import measure_kv_cache
@@ -120,7 +120,8 @@ def evaluate_checkpoints(
     kinds = bitsandbytes_labels(folders, bitsandbytes)
     loading, hashes = loaders(folders, kinds, compute, where), identities(folders, on_progress)
     run = {"measure": "accuracy", "models": [*loading], "sha256": hashes, "text": digest, "tokens": len(ids)}
-    run |= {"seq_len": seq_len, "stride": stride, "dtype": str(compute), "device": where.type}
+    run |= {"seq_len": seq_len, "stride": stride, "dtype": str(compute), "device": where.type, "threads": threads}
+    run |= {"tokenizers": tokenizers(folders)}
     prompt_len = prompt_length(folders.values(), seq_len) if speed else 0
     stored = stored_dtype(next(iter(folders.values())))
     cost = shown = None
@@ -190,7 +191,7 @@ def evaluate_long_context(
         QquantError: bad options, model, data or numbers, or not enough GPU memory.
     """
     from qquant.eval_inputs import read_inputs, refuse_below_one
-    from qquant.eval_models import fits, identities, loaders, rows
+    from qquant.eval_models import fits, identities, loaders, rows, tokenizers
     from qquant.eval_record import finished_result
     from qquant.journal import kept
     from qquant.long_context import check_lengths, measure_long_context
@@ -206,7 +207,8 @@ def evaluate_long_context(
     hashes = identities(folders, on_progress)
     table = rows(folders, identities=hashes)
     run = {"measure": "long-context", "models": [*folders], "sha256": hashes, "text": digest, "tokens": len(ids)}
-    run |= {"lengths": sorted(set(lengths)), "dtype": str(compute), "device": where.type}
+    run |= {"lengths": sorted(set(lengths)), "dtype": str(compute), "device": where.type, "threads": threads}
+    run |= {"tokenizers": tokenizers(folders)}
     with (
         kept(journal, run, resume=resume, pieces="lengths") as finished,
         fits("windows this long do not fit the device; shorten --lengths"),

@@ -287,7 +287,6 @@ def quantizing_bytes(
     *,
     samples: int,
     seq_len: int,
-    element_bytes: int = 2,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> tuple[int, int]:
     """What making a checkpoint takes: bytes on the device that computes, and in the machine's memory beside a GPU.
@@ -301,9 +300,9 @@ def quantizing_bytes(
         shapes: of the model.
         samples: of calibration.
         seq_len: tokens of each, at most; shorter samples take less.
-        element_bytes: of the compute dtype.
         device: that computes; "cpu" adds what is in its memory beside tensors.
     """
+    element_bytes = 2  # of the compute dtype, bfloat16 or float16
     block = element_bytes * sum(inputs * outputs for inputs, outputs in shapes.stages)
     stream = samples * seq_len * shapes.hidden * element_bytes
     inner = max(inputs for inputs, _ in shapes.stages)

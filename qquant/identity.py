@@ -1,4 +1,4 @@
-"""The identity of a model's folder: one hash over its configuration and weights.
+"""The identity of a model's folder: one hash over its configuration and weights, one over its tokenizer.
 
 Nothing here opens a tensor. That the bytes are right is for whoever made them to prove.
 """
@@ -6,10 +6,14 @@ Nothing here opens a tensor. That the bytes are right is for whoever made them t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _CHUNK = 1 << 24
+_TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
 
 
 def model_sha256(folder: Path, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
@@ -23,6 +27,16 @@ def model_sha256(folder: Path, on_bytes: Callable[[int, int], None] = lambda don
         on_bytes: told the bytes read so far, and of how many.
     """
     files = sorted([folder / "config.json", *folder.glob("*.safetensors")], key=lambda path: path.name.encode())
+    return _sha256(files, on_bytes)
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """The same over the files that decide which ids a text becomes, and how an answer ends."""
+    found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    return _sha256(sorted(found, key=lambda path: path.name.encode()), lambda done, total: None)
+
+
+def _sha256(files: Sequence[Path], on_bytes: Callable[[int, int], None]) -> str:
     total = sum(path.stat().st_size for path in files)
     done, lines = 0, []
     for path in files:

@@ -5,6 +5,8 @@ Names only; where the linears of a model are is models/layouts.py's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 """Order in which the linears of a block are shown; names of other kinds follow in their own order."""
 _KIND_OF = {
@@ -22,6 +24,11 @@ def layer_of(name: str) -> tuple[str, int] | None:
     if leaf == "c_proj":  # Qwen v1 calls the last linear of both parts of a block so
         return ("o" if "attn" in path else "down"), layer
     return _KIND_OF.get(leaf, leaf), layer
+
+
+def error_grid(errors: Iterable[tuple[str, float]]) -> dict[tuple[str, int], float]:
+    """(kind, layer) -> error, of (name, error); without zeros, for which a logarithmic scale has no place."""
+    return {place: error for name, error in errors if error > 0 and (place := layer_of(name)) is not None}
 
 
 def in_order(kinds: set[str]) -> list[str]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from qquant import answer_report, kv_report, long_report, plan_report, profile_report, task_report
 from qquant.kv_report import KVCacheCost
-from qquant.layer_names import in_order, layer_of
+from qquant.layer_names import error_grid, in_order
 from qquant.records import MB, NOT_MEASURED, PERCENT, field, shown, table
-from qquant.results import Data, LayerError, ModelRow, Result
+from qquant.results import Data, ModelRow, Result
 from qquant.task_report import TaskItem
 
 if TYPE_CHECKING:
@@ -227,7 +227,11 @@ def _draw(report: Result, folder: Path) -> list[str]:
 
 def _draw_layer_errors(figure: Figure, report: Result) -> str | None:
     """Heat maps on one colour scale, one per candidate: layer by kind of linear. Returns why it cannot be drawn."""
-    grids = {_errors_of(row): grid for row in report.rows if (grid := _layer_grid(row.layer_errors))}
+    grids = {
+        _errors_of(row): grid
+        for row in report.rows
+        if (grid := error_grid((error.name, error.relative_error) for error in row.layer_errors))
+    }
     if not grids:
         return "no candidate has a quant_log.json with errors above zero"
     found = {kind for grid in grids.values() for kind, _ in grid}
@@ -243,15 +247,6 @@ def _draw_layer_errors(figure: Figure, report: Result) -> str | None:
     axes[-1].set(xlabel="layer", xticks=range(0, layers, 1 + layers // 20))
     figure.colorbar(image, ax=list(axes), label="relative error (share of energy)")
     return None
-
-
-def _layer_grid(errors: Sequence[LayerError]) -> dict[tuple[str, int], float]:
-    """(kind, layer) -> error, for the names that hold a layer's number; a log scale has no place for zeros."""
-    return {
-        place: error.relative_error
-        for error in errors
-        if error.relative_error > 0 and (place := layer_of(error.name)) is not None
-    }
 
 
 def _draw_size_kl(figure: Figure, report: Result) -> str | None:

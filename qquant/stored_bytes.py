@@ -90,9 +90,7 @@ def packed_bytes(linear: LinearShape, bits: int, group_size: int) -> int:
     return linear.weights * bits // 8 + zeros_and_scales + 4 * linear.inputs
 
 
-def weights_bytes(
-    shapes: ModelShapes, precision: Precision, *, group_size: int = 128, element_bytes: int = 2, skipped: int = 0
-) -> int:
+def weights_bytes(shapes: ModelShapes, precision: Precision, *, group_size: int = 128, element_bytes: int = 2) -> int:
     """Bytes of a model's tensors, on disk as in memory.
 
     Args:
@@ -100,7 +98,6 @@ def weights_bytes(
         precision: of the blocks' linears; for a plain one of the whole model.
         group_size: of packed linears.
         element_bytes: of what is not packed: embeddings, norms, biases.
-        skipped: elements of linears that stay unpacked.
 
     Raises:
         UsageError: a precision that there is no formula for.
@@ -109,7 +106,7 @@ def weights_bytes(
         return shapes.parameters * ELEMENT_BYTES[precision]
     if precision not in BITS:
         raise UsageError(f"memory is predicted for {', '.join([*ELEMENT_BYTES, *BITS])}, got {precision}")
-    unpacked = shapes.parameters - sum(linear.weights for linear in shapes.linears) + skipped
+    unpacked = shapes.parameters - sum(linear.weights for linear in shapes.linears)
     return unpacked * element_bytes + sum(packed_bytes(x, BITS[precision], group_size) for x in shapes.linears)
 
 

@@ -91,6 +91,7 @@ def evaluate_tasks(
 
     from qquant.eval_inputs import common_dtype, labelled, refuse_below_one
     from qquant.eval_models import bitsandbytes_labels, fits, identities, loaders, rows
+    from qquant.eval_models import tokenizers as tokenizer_hashes
     from qquant.eval_record import finished_result
     from qquant.journal import kept
     from qquant.sources import load_tokenizer, pick_device, resolve_folder
@@ -123,7 +124,13 @@ def evaluate_tasks(
     run: dict[str, Any] = {"measure": "tasks", "models": [*tokenizers], "sha256": hashes, "tasks": names}
     run |= {"questions": [task.sha256() for task in asked], "shots": [task.shots for task in asked], "style": chosen}
     run |= {"limit": limit, "batch_size": batch_size, "prompt_format": asking, "backend": backend}
-    run |= {"lm_eval": harness, "dtype": str(compute), "device": where.type, "threads": threads}
+    run |= {
+        "tokenizers": tokenizer_hashes(folders),
+        "lm_eval": harness,
+        "dtype": str(compute),
+        "device": where.type,
+        "threads": threads,
+    }
     execute = put_with_lm_eval if backend == "lm-eval" else put
     done: dict[str, list[Decisions]] = {}
     with kept(journal, run, resume=resume, pieces="batches of items") as finished, fits(_TOO_LARGE):

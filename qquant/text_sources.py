@@ -177,7 +177,7 @@ def _dataset_rows(source: str, name: str, config: str | None, **kwargs: Any) -> 
         from datasets import load_dataset
     except ImportError as error:
         raise BadDataError(
-            f"{source}: reading it needs the package datasets; run pip install qquant[data], or give text or JSON"
+            f"{source}: reading it needs the package datasets; run pip install 'qquant[data]', or give text or JSON"
         ) from error
     try:
         for number, row in enumerate(load_dataset(name, config, split="train", streaming=True, **kwargs), 1):

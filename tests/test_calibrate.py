@@ -388,7 +388,7 @@ def test_without_datasets_the_extra_is_named(
     source: str, write: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadDataError, match=r"pip install qquant\[data\]"):
+    with pytest.raises(BadDataError, match=r"pip install 'qquant\[data\]'"):
         load_samples(write(source, b"PAR1") if source == "a.parquet" else source, tokenizer)
 
 

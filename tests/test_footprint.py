@@ -20,7 +20,7 @@ from qquant.random_models import config_from_dict, random_model
 from qquant.records import KVKind, Precision
 from qquant.shapes import model_shapes
 from qquant.sources import StreamedModel
-from qquant.stored_bytes import CacheShape, layer_bytes
+from qquant.stored_bytes import CacheShape, ModelShapes, layer_bytes
 from tests.conftest import Factory
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -75,6 +75,11 @@ MEASURED: list[tuple[dict[str, Any], Precision, KVKind, int, int, int, float]] =
     (SMALL, "int4", "int8", 1, 128, 64, 27.0),
     (SMALL, "int4", "int8", 8, 128, 64, 35.8),
 ]
+
+
+@pytest.fixture(scope="module")
+def qwen_7b() -> ModelShapes:
+    return model_shapes(config_from_dict(size_config("qwen-7b")))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,6 @@ def test_a_sliding_layer_keeps_no_more_than_its_window() -> None:
     assert layer_bytes(layer, "bf16", 1, 100, 1) == (15 * 8 * 2, 15 * 8 * 2)
 
 
-QWEN_7B = model_shapes(config_from_dict(size_config("qwen-7b")))
 CELL: dict[str, Any] = {
     "precision": "int4", "kv_cache": "int8", "batch": 2, "prompt_tokens": 256, "new_tokens": 64, "device": "cuda",
 }  # fmt: skip
@@ -164,41 +168,43 @@ CELL: dict[str, Any] = {
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_more_of_anything_never_takes_less(precision: str, kind: str, device: str, name: str) -> None:
+def test_more_of_anything_never_takes_less(
+    qwen_7b: ModelShapes, precision: str, kind: str, device: str, name: str
+) -> None:
     cell = CELL | {"precision": precision, "kv_cache": kind, "device": device}
     if (precision, device, name) == ("int4", "cpu", "prompt_tokens"):
         cell["batch"] = (
             128  # a short prompt makes the kernel's copies before the output projection, a long one after it
         )
-    peaks = [footprint(QWEN_7B, **cell | {name: count}).peak_bytes for count in (2, 64, 65, 129, 1024, 5000)]
+    peaks = [footprint(qwen_7b, **cell | {name: count}).peak_bytes for count in (2, 64, 65, 129, 1024, 5000)]
     assert peaks == sorted(peaks)
 
 
 @pytest.mark.parametrize("runtime", ["qquant", "qwen-2023"])
-def test_the_peak_holds_at_least_its_parts(runtime: Any) -> None:
-    found = footprint(QWEN_7B, **CELL, runtime=runtime)
+def test_the_peak_holds_at_least_its_parts(qwen_7b: ModelShapes, runtime: Any) -> None:
+    found = footprint(qwen_7b, **CELL, runtime=runtime)
     parts = found.weights_bytes + found.cache_bytes + found.activations_bytes + found.overhead_bytes
     assert found.peak_bytes >= parts
 
 
-def test_on_a_cpu_an_int4_model_keeps_a_copy_for_its_kernel() -> None:
-    stored = weights_bytes(QWEN_7B, "int4")
-    assert footprint(QWEN_7B, **CELL).weights_bytes == stored
+def test_on_a_cpu_an_int4_model_keeps_a_copy_for_its_kernel(qwen_7b: ModelShapes) -> None:
+    stored = weights_bytes(qwen_7b, "int4")
+    assert footprint(qwen_7b, **CELL).weights_bytes == stored
     tall = CELL | {"device": "cpu", "prompt_tokens": 16, "batch": 1, "new_tokens": 512}
-    half_a_byte = sum(linear.weights for linear in QWEN_7B.linears) // 2
-    assert footprint(QWEN_7B, **tall).weights_bytes > stored + half_a_byte
+    half_a_byte = sum(linear.weights for linear in qwen_7b.linears) // 2
+    assert footprint(qwen_7b, **tall).weights_bytes > stored + half_a_byte
 
 
-def test_the_output_projection_is_not_copied_for_every_sequence() -> None:
+def test_the_output_projection_is_not_copied_for_every_sequence(qwen_7b: ModelShapes) -> None:
     cell = CELL | {"device": "cpu", "precision": "bf16", "prompt_tokens": 16, "new_tokens": 1}
-    two, three = (footprint(QWEN_7B, **cell | {"batch": batch}).peak_bytes for batch in (2, 3))
-    assert three - two < QWEN_7B.vocabulary * QWEN_7B.hidden
+    two, three = (footprint(qwen_7b, **cell | {"batch": batch}).peak_bytes for batch in (2, 3))
+    assert three - two < qwen_7b.vocabulary * qwen_7b.hidden
 
 
-def test_the_original_held_two_caches() -> None:
+def test_the_original_held_two_caches(qwen_7b: ModelShapes) -> None:
     cell = CELL | {"kv_cache": "bf16", "precision": "bf16", "prompt_tokens": 1, "new_tokens": 2047, "batch": 1}
     # 2 tensors of 4096 float16 numbers for each of 32 layers and 2048 tokens, twice
-    assert footprint(QWEN_7B, **cell, runtime="qwen-2023").cache_bytes == 2 * 2 * 4096 * 2 * 32 * 2048
+    assert footprint(qwen_7b, **cell, runtime="qwen-2023").cache_bytes == 2 * 2 * 4096 * 2 * 32 * 2048
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -209,16 +215,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_has_no_formula_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_what_has_no_formula_is_refused(qwen_7b: ModelShapes, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        footprint(QWEN_7B, **CELL | changes)
+        footprint(qwen_7b, **CELL | changes)
 
 
-def test_quantizing_takes_more_for_more_samples_and_never_the_whole_model() -> None:
+def test_quantizing_takes_more_for_more_samples_and_never_the_whole_model(qwen_7b: ModelShapes) -> None:
     # With fewer samples the proof of the written folder takes most.
-    few, _ = quantizing_bytes(QWEN_7B, samples=128, seq_len=2048)
-    many, _ = quantizing_bytes(QWEN_7B, samples=512, seq_len=2048)
-    assert few < many < weights_bytes(QWEN_7B, "bf16")
+    few, _ = quantizing_bytes(qwen_7b, samples=128, seq_len=2048)
+    many, _ = quantizing_bytes(qwen_7b, samples=512, seq_len=2048)
+    assert few < many < weights_bytes(qwen_7b, "bf16")
 
 
 # Peaks in MB of qquant quantize on a CPU, less 365 MB that its imports take: random Qwen2 and Llama models of 2 blocks.

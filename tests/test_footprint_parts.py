@@ -227,3 +227,18 @@ def test_a_matrix_that_is_not_packed_is_cut_between_any_columns(plan_of: Any) ->
     shapes = replace(SMALL, linears=(replace(TAIL, inputs=44), replace(OUT, outputs=44)))
     found = cut(plan_of(shapes, precisions=("bf16",)), "bf16")
     assert found == {1: None, 2: None, 4: None, 8: "block.tail: 44 inputs by 8"}
+
+
+@pytest.mark.parametrize("linear", [replace(OUT, outputs=36), replace(TAIL, inputs=36)], ids=["outputs", "inputs"])
+def test_whole_words_alone_are_not_enough(plan_of: Any, linear: LinearShape) -> None:
+    # 36 over 8 cards: 4 are a word of 8 bits each, and 4 columns are left over.
+    found = cut(plan_of(replace(SMALL, linears=(linear,)), precisions=("int8",), group_size=-1), "int8")
+    assert [ranks for ranks, reason in found.items() if reason is None] == [1]
+
+
+def test_heads_are_cut_whole_and_only_keys_and_values_may_lie_twice(plan_of: Any) -> None:
+    few = cut(plan_of(replace(SMALL, query_heads=4), precisions=("bf16",)), "bf16")
+    assert few == {1: None, 2: None, 4: None, 8: "4 query heads by 8"}  # its 2 key and value heads on 4 cards
+    odd = replace(SMALL, caches=(replace(CACHE, heads=3),))
+    by = "3 key and value heads by"
+    assert cut(plan_of(odd, precisions=("bf16",)), "bf16") == {1: None, 2: f"{by} 2", 4: f"{by} 4", 8: f"{by} 8"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qquant.identity import model_sha256
+from qquant.identity import model_sha256, tokenizer_sha256
 
 
 def test_it_is_the_hash_that_sha256sum_gives(tiny_qwen2: Path) -> None:
@@ -39,3 +39,13 @@ def test_progress_ends_with_all_bytes(tiny_qwen2: Path) -> None:
     seen: list[tuple[int, int]] = []
     model_sha256(tiny_qwen2, lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_the_tokenizer_has_an_identity_of_its_own(tiny_qwen2: Path, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(tiny_qwen2, tmp_path / "copy")
+    assert tokenizer_sha256(copy) == tokenizer_sha256(tiny_qwen2)
+    (copy / "config.json").write_text("{}")
+    assert tokenizer_sha256(copy) == tokenizer_sha256(tiny_qwen2)
+    (copy / name).write_text("{}")
+    assert tokenizer_sha256(copy) != tokenizer_sha256(tiny_qwen2)

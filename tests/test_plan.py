@@ -129,7 +129,7 @@ def test_sizes_are_printed_in_a_unit_that_shows_them(tiny_qwen2: Path) -> None:
     assert "GiB (" not in small.stdout
     assert "In GiB (2^30 bytes)." in large.stdout
     assert "MiB" not in large.stdout
-    assert "nothing fits 24 bytes" in run("qwen-1.8b", "--gpu", "24").stderr
+    assert "nothing fits 2.00 MiB" in run("qwen-1.8b", "--gpu", "2MiB").stderr
 
 
 def test_more_tokens_than_positions_are_said(tiny_qwen2: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qquant import accuracy, measure, records, result_files
+from qquant import accuracy, measure, records
 from qquant import results as record
 from qquant.errors import BadDataError
+from qquant.layer_names import error_grid
 from qquant.result_files import to_markdown, write_result
 from qquant.results import LayerError, ModelRow, Result, ratios_to_baseline, result_from_json, shown_command
 
@@ -273,7 +274,7 @@ class TestPictures:
 
     def test_names_of_other_families_find_their_places(self) -> None:
         names = ["transformer.h.3.attn.c_attn", "transformer.h.3.attn.c_proj", "transformer.h.3.mlp.c_proj", "lm_head"]
-        grid = result_files._layer_grid([LayerError(name=name, relative_error=0.1) for name in names])
+        grid = error_grid((name, 0.1) for name in names)
         assert set(grid) == {("qkv", 3), ("o", 3), ("down", 3)}
 
     def test_what_has_no_data_is_left_out_and_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

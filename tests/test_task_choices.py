@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qquant.errors import BadDataError
-from qquant.tasks.choices import DEFAULT_SHOTS, METRIC, judge, questions
+from qquant.tasks.choices import DEFAULT_SHOTS, judge, questions
 from qquant.tasks.files import read_task
 from qquant.tasks.items import Question, TaskName, TaskSet
 from tests.task_files import write_choices
@@ -77,7 +77,6 @@ def test_chinese_tasks_have_no_heading_and_letters_without_a_space(tmp_path: Pat
 
 def test_defaults_are_five_examples_for_base_and_none_for_chat_models() -> None:
     assert DEFAULT_SHOTS == {"base": 5, "chat": 0}
-    assert METRIC == "accuracy"
 
 
 def test_questions_keep_the_order_of_the_items(mmlu: TaskSet) -> None:

@@ -93,12 +93,13 @@ def test_a_folder_whose_name_begins_with_test_will_do(root: Path, tmp_path: Path
     assert read_task("cmmlu", tmp_path / "cmmlu").items == read_task("cmmlu", root / "cmmlu").items
 
 
-def test_two_such_folders_are_refused_until_one_is_named(root: Path, tmp_path: Path) -> None:
+def test_two_such_folders_are_refused_until_there_is_one(root: Path, tmp_path: Path) -> None:
     for half in ("test_1", "test_2"):
         shutil.copytree(root / "mmlu" / "test", tmp_path / half)
-    with pytest.raises(BadDataError, match="one folder or file called test, it has test_1, test_2; name it by split"):
+    with pytest.raises(BadDataError, match="called test, it has test_1, test_2; give as TASK=PATH a folder with"):
         read_task("mmlu", tmp_path)
-    assert len(read_task("mmlu", tmp_path, split="test_2").items) == 6
+    shutil.rmtree(tmp_path / "test_1")
+    assert len(read_task("mmlu", tmp_path).items) == 6
 
 
 def _as_json_lines(path: Path, found: list[dict[str, Any]]) -> Path:
@@ -266,7 +267,7 @@ def test_without_worked_examples_items_are_read_all_the_same(tmp_path: Path) -> 
 
 def test_a_hub_id_needs_datasets_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadDataError, match=r"no file or folder of that name.*pip install qquant\[data\]"):
+    with pytest.raises(BadDataError, match=r"no file or folder of that name.*pip install 'qquant\[data\]'"):
         read_task("gsm8k", "openai/gsm8k")
 
 

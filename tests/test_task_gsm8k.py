@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,11 @@ def data(tmp_path: Path) -> TaskSet:
     return read_task("gsm8k", published_layout(tmp_path))
 
 
+def published_rule(text: str) -> int:
+    """What the original's evaluation of base models reads: the last run of digits, whatever stands around it."""
+    return int(re.findall(r"[0-9]+", text)[-1])
+
+
 def asked(truth: str) -> Question:
     item = Item("0", None, "How many?", (), truth, {"answer": f"#### {truth}"})
     return gsm8k.questions(TaskSet("gsm8k", (item,), {}, ""), style="base", shots=0)[0]
@@ -93,13 +99,9 @@ def test_a_number_is_read_as_it_is_written(text: str, number: str | None) -> Non
 
 @pytest.mark.parametrize(("text", "digits"), list(MISREAD.values()), ids=list(MISREAD))
 def test_the_published_rule_for_base_models_reads_another_number(text: str, digits: int) -> None:
-    assert gsm8k.last_digits(text) == digits
+    assert published_rule(text) == digits
     assert gsm8k.last_number(text) != str(digits)
     assert gsm8k.judge(asked(text), output=f"The answer is {text}").correct
-
-
-def test_the_published_rule_finds_nothing_where_there_is_nothing() -> None:
-    assert gsm8k.last_digits("none") is None
 
 
 def test_equal_numbers_are_equal_however_they_are_written() -> None:

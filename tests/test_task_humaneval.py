@@ -178,16 +178,16 @@ def test_a_prompt_that_does_not_begin_its_function_is_refused(prompt: str, messa
 
 
 @linux
-@pytest.mark.slow
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published functions are not here")
-def test_every_published_solution_passes_and_no_empty_one_does() -> None:
+def test_published_solutions_pass_and_empty_ones_do_not() -> None:
+    """Every sixteenth; each is a process of its own."""
     lines = (PUBLISHED / "HumanEval.jsonl").read_text(encoding="utf-8").splitlines()
     solutions = {row["task_id"]: row["canonical_solution"] for row in map(json.loads, lines)}
     base = humaneval.questions(read_task("humaneval", PUBLISHED), style="base", shots=0)
     assert len(base) == 164
-    verdicts = judge_all(base, [our_cut(solutions[question.id]) for question in base])
-    assert [question.id for question, verdict in zip(base, verdicts, strict=True) if not verdict.correct] == []
-    some = base[::4]
+    some = base[::16]
+    verdicts = judge_all(some, [our_cut(solutions[question.id]) for question in some])
+    assert [question.id for question, verdict in zip(some, verdicts, strict=True) if not verdict.correct] == []
     verdicts = judge_all(some, ["    return None\n"] * len(some))
     assert not [question.id for question, verdict in zip(some, verdicts, strict=True) if verdict.correct]
 

@@ -29,6 +29,7 @@ from qquant.charts.svg import (
     text_width,
 )
 from qquant.results import Result
+from qquant.task_report import SHOWN as TASKS
 from qquant.task_report import TaskComparison
 
 _ZERO_BAND = 30.0
@@ -42,7 +43,6 @@ _CROWD = 14
 """Of more models than these only those on the front are named."""
 _BOLD = 1.15
 """Bold letters by ordinary ones, in width."""
-_TASKS = {"mmlu": "MMLU", "ceval": "C-Eval", "cmmlu": "CMMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _pareto_score(anchor: str, result: Result, models: Sequence[_Model]) -> Char
     frame = plot_frame(28, drawing.height - 70)
     y = linear_scale([model.worth for model in models], frame.bottom, frame.top, from_zero=False)
     x = linear_scale([model.size_bytes / unit.size for model in models], frame.left, frame.right - 6)
-    tasks = list(dict.fromkeys(_TASKS[score.task] for score in result.tasks.scores)) if result.tasks else []
+    tasks = list(dict.fromkeys(TASKS[score.task] for score in result.tasks.scores)) if result.tasks else []
     name = tasks[0] if len(tasks) == 1 else f"mean score of {len(tasks)} tasks"
     draw_axes(drawing, frame, x, y, x_title=f"weights on disk ({unit.name})", y_title=f"{name} (%), higher is better")
     _draw_models(drawing, [(x.at(m.size_bytes / unit.size), y.at(m.worth), m) for m in models], unit, sign=-1)
@@ -249,7 +249,7 @@ def _task_chart(anchor: str, result: Result, found: Sequence[TaskComparison]) ->
         anchor,
         f"Task scores against {base}",
         "; ".join(
-            f"{_TASKS[one.task]}, {one.label}: {signed_text(100 * one.difference)} points, 95 % interval "
+            f"{TASKS[one.task]}, {one.label}: {signed_text(100 * one.difference)} points, 95 % interval "
             f"{signed_text(100 * one.ci95_low)} to {signed_text(100 * one.ci95_high)}"
             for one in found
         ),
@@ -268,7 +268,7 @@ def _task_chart(anchor: str, result: Result, found: Sequence[TaskComparison]) ->
     drawing.text(x.end + 8, 14, "difference, 95 %", size=SMALL, fill=MUTED)
     y = 28.0
     for task in tasks:
-        drawing.text(2, y + 12, _TASKS[task], bold=True, halo=True)
+        drawing.text(2, y + 12, TASKS[task], bold=True, halo=True)
         y += 24
         for one in found:
             if one.task == task:
@@ -286,7 +286,7 @@ def _draw_comparison(drawing: Drawing, result: Result, one: TaskComparison, x: S
     look, name = look_of(labels, one.label), short_names(labels).get(one.label, one.label)
     low, middle, high = (100 * value for value in (one.ci95_low, one.difference, one.ci95_high))
     tip = (
-        f"{one.label} on {one.items:,} items of {_TASKS[one.task]}: lost {one.only_baseline_items}, won "
+        f"{one.label} on {one.items:,} items of {TASKS[one.task]}: lost {one.only_baseline_items}, won "
         f"{one.only_candidate_items}, McNemar p = {number_text(one.mcnemar_p)}"
     )
     drawing.text(8, y + 8, clipped(name, x.end - 10, SMALL), size=SMALL, halo=True, tip=tip)

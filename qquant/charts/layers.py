@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from qquant.charts.plot import LEFT, SMALL
 from qquant.charts.scales import Scale, number_text
 from qquant.charts.svg import LINE, MUTED, STEPS, WIDTH, Chart, Drawing, clipped, short_names, text_width
-from qquant.layer_names import in_order, layer_of
+from qquant.layer_names import error_grid, in_order
 from qquant.results import ModelRow, Result
 
 _ROW = 17.0
@@ -22,7 +22,11 @@ def layer_charts(results: Sequence[Result]) -> list[Chart]:
     """Errors of all quantized linears, a panel per candidate, on one logarithmic colour scale."""
     charts = []
     for number, result in enumerate(results, 1):
-        grids = {row.label: (row, grid) for row in result.rows if (grid := _grid(row))}
+        grids = {
+            row.label: (row, grid)
+            for row in result.rows
+            if (grid := error_grid((error.name, error.relative_error) for error in row.layer_errors))
+        }
         if not grids:
             continue
         kinds = in_order({kind for _, grid in grids.values() for kind, _ in grid})
@@ -56,12 +60,6 @@ def layer_charts(results: Sequence[Result]) -> list[Chart]:
             )
         )
     return charts
-
-
-def _grid(row: ModelRow) -> dict[tuple[str, int], float]:
-    """(kind, layer) -> error; a logarithmic scale has no place for zeros."""
-    found = ((layer_of(error.name), error.relative_error) for error in row.layer_errors)
-    return {place: error for place, error in found if place is not None and error > 0}
 
 
 def _step_of(value: float, low: float, high: float) -> int:

@@ -5,7 +5,7 @@ Nothing here knows results: what is plotted comes from accuracy.py, memory.py an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qquant.charts.label_places import spread
@@ -19,7 +19,6 @@ LEFT = 48.0
 _LABEL_GAP = 13.0
 _BAR_STEP = 36.0
 _BAR = 12.0
-NumberText = Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -65,25 +64,20 @@ def draw_axes(
     x_title: str,
     y_title: str,
     x_ticks: Sequence[float] | None = None,
-    x_text: NumberText = tick_text,
-    y_text: NumberText = tick_text,
-    x_grid: bool = False,
 ) -> None:
-    """Draw a light grid, numbers at the ticks and what they mean; only ``drawing`` is changed."""
+    """Draw light lines across, numbers at the ticks and what they mean; only ``drawing`` is changed."""
     # Text stands upright above the axis: a reader of a phone does not turn the head.
     drawing.text(2, frame.top - 10, clipped(y_title, drawing.width, SMALL), size=SMALL, fill=MUTED)
     for value in y.ticks():
         height = y.at(value)
         drawing.line([(frame.left, height), (frame.right, height)], stroke=LINE)
-        drawing.text(frame.left - 5, height + 4, y_text(value), side="end", size=SMALL, fill=MUTED)
+        drawing.text(frame.left - 5, height + 4, tick_text(value), side="end", size=SMALL, fill=MUTED)
     drawing.line([(frame.left, frame.bottom), (frame.right, frame.bottom)], stroke=MUTED)
     taken = 1e9
     # From the right, because the largest value says more than the one before it.
     for value in reversed(x.ticks() if x_ticks is None else x_ticks):
-        place, shown = x.at(value), x_text(value)
+        place, shown = x.at(value), tick_text(value)
         drawing.line([(place, frame.bottom), (place, frame.bottom + 4)], stroke=MUTED)
-        if x_grid:
-            drawing.line([(place, frame.top), (place, frame.bottom)], stroke=LINE)
         half = text_width(shown, SMALL) / 2
         if place + half < taken:
             drawing.text(place, frame.bottom + 16, shown, side="middle", size=SMALL, fill=MUTED)

@@ -48,9 +48,10 @@ def _prediction_chart(anchor: str, cells: Sequence[Cell]) -> Chart:
         for c in cells
         if c.measured_bytes and c.predicted
     ]
+    edge = 100 * _BAND
     inside = sum(abs(difference(cell)) <= _BAND for cell in cells)
     worst = max(cells, key=lambda cell: abs(difference(cell)))
-    said = f"{inside} of {len(cells)} cells within ±5 %"
+    said = f"{inside} of {len(cells)} cells within ±{edge:.0f} %"
     drawing = Drawing(
         anchor,
         f"Predicted against measured memory: {names_of(cells)}",
@@ -60,19 +61,18 @@ def _prediction_chart(anchor: str, cells: Sequence[Cell]) -> Chart:
     upper, lower = plot_frame(28, 240), plot_frame(320, 110)
     both = [value for pair in pairs for value in pair]
     x, y = value_scale(both, upper.left, upper.right), value_scale(both, upper.bottom, upper.top)
-    title = f"predicted peak ({unit.name}); the band is ±5 %"
+    title = f"predicted peak ({unit.name}); the band is ±{edge:.0f} %"
     ticks = x.ticks()
     draw_axes(drawing, upper, x, y, x_title="", y_title=title, x_ticks=ticks)
     least = x.low if x.log else 0.0
     _draw_band(drawing, [(x.at(v), y.at(max(y.low, min(y.high, v * f)))) for v, f in _band(least, x.high, x.log)])
     drawing.line([(x.at(x.low), y.at(x.low)), (x.at(x.high), y.at(x.high))], stroke=MUTED)
     percents = [100 * difference(cell) for cell in cells]
-    z = linear_scale([*percents, -6, 6], lower.bottom, lower.top)
+    z = linear_scale([*percents, -edge - 1, edge + 1], lower.bottom, lower.top)
     x_title = f"measured peak ({unit.name})"
     draw_axes(drawing, lower, x, z, x_title=x_title, y_title="predicted less measured (%)", x_ticks=ticks)
-    _draw_band(
-        drawing, [(lower.left, z.at(5)), (lower.right, z.at(5)), (lower.right, z.at(-5)), (lower.left, z.at(-5))]
-    )
+    above, below = z.at(edge), z.at(-edge)
+    _draw_band(drawing, [(lower.left, above), (lower.right, above), (lower.right, below), (lower.left, below)])
     drawing.line([(lower.left, z.at(0)), (lower.right, z.at(0))], stroke=MUTED)
     spots = []
     for cell, (measured, predicted), percent in zip(cells, pairs, percents, strict=True):

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qquant.errors import BadDataError
-from qquant.tasks.items import LETTERS, Item, Metric, Question, Style, TaskName, TaskSet, Verdict
+from qquant.tasks.items import LETTERS, Item, Question, Style, TaskName, TaskSet, Verdict
 
-METRIC: Metric = "accuracy"
 DEFAULT_SHOTS: Mapping[Style, int] = {"base": 5, "chat": 0}
 
 
@@ -76,13 +75,12 @@ def questions(data: TaskSet, *, style: Style, shots: int) -> list[Question]:
     return found
 
 
-def judge(question: Question, *, logprobs: Sequence[float] | None = None, output: str | None = None) -> Verdict:
+def judge(question: Question, *, logprobs: Sequence[float] | None) -> Verdict:
     """The letter whose continuation is likeliest; of equals, the first.
 
     Args:
         question: one of ``questions``'s.
         logprobs: of each choice in the order of the letters, in nats.
-        output: not used: nothing is generated.
     """
     if logprobs is None or len(logprobs) != len(question.choices):
         raise ValueError(f"one log-likelihood per choice is needed, {len(question.choices)}, got {logprobs}")

@@ -47,7 +47,7 @@ _PARTS: Mapping[TaskName, _Parts] = {
 _HUB_ITEMS: Mapping[TaskName, str] = {"humaneval": "test"}
 
 
-def read_task(task: TaskName, source: Path | str, *, limit: int | None = None, split: str | None = None) -> TaskSet:
+def read_task(task: TaskName, source: Path | str, *, limit: int | None = None) -> TaskSet:
     """Read a task.
 
     Args:
@@ -64,7 +64,6 @@ def read_task(task: TaskName, source: Path | str, *, limit: int | None = None, s
             JSON and JSON lines with the same names of columns do as well, with ``subject`` and ``choices`` as on the
             hub. Where no folder or file is called exactly ``test``, one that begins with it is taken.
         limit: take only the first so many items of each subject, of the task where it has none; None: all.
-        split: name of the folder, file (without suffix) or hub split to take the items from; None: the task's own.
 
     Raises:
         BadDataError: missing or unreadable files, or a row that is no item; names file and line.
@@ -75,7 +74,7 @@ def read_task(task: TaskName, source: Path | str, *, limit: int | None = None, s
     path, parts, digest = at_home(source), _PARTS[task], _Digest()
     shots: list[tuple[str | None, Row]] = []
     if path.is_dir():
-        found = _files(path, split or parts.items, exactly=split is not None)
+        found = _files(path, parts.items)
         examples = _files(path, parts.shots, optional=True) if parts.shots else []
         rows = _read(path, found, parts, digest)
         shots = _read(path, examples, parts, digest)
@@ -83,7 +82,7 @@ def read_task(task: TaskName, source: Path | str, *, limit: int | None = None, s
         rows = _read(path.parent, [path], parts, digest)
     elif isinstance(source, str) and _HUB_ID.fullmatch(source):
         name, _, config = source.partition(":")
-        wanted = split or _HUB_ITEMS.get(task, parts.items)
+        wanted = _HUB_ITEMS.get(task, parts.items)
         configs: Sequence[str | None] = [config] if config else _configs(name)
         rows = _from_hub(name, configs, wanted, digest)
         shots = _from_hub(name, configs, parts.shots, digest) if parts.shots else []
@@ -113,7 +112,7 @@ class _Digest:
         return hashlib.sha256(b"".join(ordered)).hexdigest()
 
 
-def _files(folder: Path, part: str, *, exactly: bool = False, optional: bool = False) -> list[Path]:
+def _files(folder: Path, part: str, *, optional: bool = False) -> list[Path]:
     """The data files of a part of a task: all in the folder of its name, or one that is called so itself."""
 
     def called(path: Path) -> str:
@@ -121,11 +120,14 @@ def _files(folder: Path, part: str, *, exactly: bool = False, optional: bool = F
 
     known = [path for path in sorted(folder.iterdir()) if path.is_dir() or kind_of(path) in SUFFIXES]
     found = [path for path in known if called(path) == part.lower()]
-    if not found and not exactly:
+    if not found:
         found = [path for path in known if called(path).startswith(part.lower())]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise BadDataError(f"{folder} must have one folder or file called {part}, it has {names}; name it by split")
+        raise BadDataError(
+            f"{folder} must have one folder or file called {part}, it has {names}; give as TASK=PATH a folder with one "
+            "of them"
+        )
     if not found and optional:
         return []
     if not found:

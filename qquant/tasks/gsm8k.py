@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from qquant.errors import BadDataError
-from qquant.tasks.items import Item, Metric, Question, Style, TaskSet, Verdict
+from qquant.tasks.items import Item, Question, Style, TaskSet, Verdict
 
-METRIC: Metric = "exact_number"
 DEFAULT_SHOTS: Mapping[Style, int] = {"base": 8, "chat": 0}
 STOPS = ("\n\n", "Question:")
 """Base style. Worked examples end in a blank line, so a model that has read them ends its own answer with one."""
@@ -86,15 +85,6 @@ def last_number(text: str) -> str | None:
     last = found[0]
     spelt = _plain(last["number"]) if last["number"] else _divided(int(last["over"]), int(last["under"]))
     return f"-{spelt}" if last["sign"] in ("-", "−") and spelt not in ("0", None) else spelt
-
-
-def last_digits(text: str) -> int | None:
-    """The number that the original's rule for base models finds: the last run of digits, whatever stands around it.
-
-    Nothing here decides by it. It is kept so that the difference can be shown: "1,000" is 0 and "2.5" is 5.
-    """
-    runs = re.findall(r"[0-9]+", text)
-    return int(runs[-1]) if runs else None
 
 
 def _plain(number: str) -> str:

@@ -18,10 +18,9 @@ from collections.abc import Mapping
 from itertools import takewhile
 
 from qquant.errors import BadDataError, UsageError
-from qquant.tasks.items import Item, Metric, Question, Style, TaskSet, Verdict
+from qquant.tasks.items import Item, Question, Style, TaskSet, Verdict
 from qquant.tasks.sandbox import Limits, run_untrusted
 
-METRIC: Metric = "pass_at_1"
 DEFAULT_SHOTS: Mapping[Style, int] = {"base": 0, "chat": 0}
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\nassert", "\nfrom", "\nimport", "\n@", "\n```")
 """Base style: what begins at the left margin is no more part of the function. The first five are the Codex paper's

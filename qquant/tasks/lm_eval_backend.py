@@ -79,10 +79,12 @@ def run_lm_eval(
     shots: int,
     batch_size: int,
     allow_code_execution: bool = False,
-    context_tokens: int | None = None,
     on_progress: OnProgress = unheard,
 ) -> LmEvalRun:
     """Let the harness put a task to a model that is already loaded, and return its decisions.
+
+    The window is what the harness reads in the model's config. A longer prompt loses tokens at its beginning, heading
+    first; that is the harness's rule.
 
     Args:
         model: a transformers causal language model on its device, ours or any other; is read, and set to ``eval()``.
@@ -92,8 +94,6 @@ def run_lm_eval(
         shots: worked examples per question, as ``lm_eval_prompts.questions`` takes them.
         batch_size: sequences at a time. 1 repeats exactly; larger ones move log-likelihoods in the last digits.
         allow_code_execution: HumanEval only: run what the model wrote, in our sandbox.
-        context_tokens: the model's window; None: what the harness reads in the model's config. A longer prompt loses
-            tokens at its beginning, heading first; that is the harness's rule.
         on_progress: told what is being done.
 
     Raises:
@@ -113,7 +113,6 @@ def run_lm_eval(
         data,
         shots=shots,
         batch_size=batch_size,
-        context_tokens=context_tokens,
         on_progress=on_progress,
     )
     if data.task == "humaneval":
@@ -145,7 +144,6 @@ def run_harness(
     *,
     shots: int,
     batch_size: int,
-    context_tokens: int | None = None,
     on_progress: OnProgress = unheard,
 ) -> list[Sample]:
     """The harness's samples of one task, in the order of ``data.items``; nothing is executed.
@@ -169,7 +167,6 @@ def run_harness(
             backend="causal",
             tokenizer=tokenizer,
             batch_size=batch_size,
-            max_length=context_tokens,
             softmax_dtype="float32",
         )
         _require_room(tasks, harness_model)

@@ -143,7 +143,7 @@ def _datasets(shown: str) -> Any:
         import datasets
     except ImportError as error:
         raise BadDataError(
-            f"{shown}: reading it needs the package datasets; run pip install qquant[data], or give the published "
+            f"{shown}: reading it needs the package datasets; run pip install 'qquant[data]', or give the published "
             "CSV or JSON files"
         ) from error
     return datasets

@@ -184,6 +184,8 @@ def _generated(model: Any, tokenizer: Any, questions: Sequence[Question], prompt
     ends = _end_ids(model, tokenizer, chat=bool(questions[0].messages))
     # A stop that is a special token would never be seen in the text, which is decoded without them.
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # some are special only there
+    special |= {str(token): number for number, token in added.items() if token.special}
     ends |= {special[stop] for stop in questions[0].stops if stop in special}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     longest = max(len(prompt.ids) for prompt in prompts)

@@ -88,13 +88,13 @@ class Enforced:
         return f"Generated code was held by {', '.join(active)}{absent}."
 
 
-def enforced(limits: Limits | None = None) -> Enforced:
+def enforced() -> Enforced:
     """Try the sandbox with an empty program, before anything long is begun that ends in it.
 
     Raises:
         UsageError: generated code cannot be confined here, so none is run.
     """
-    outcome, walls = _run("", limits or Limits())
+    outcome, walls = _run("", Limits())
     if outcome.status != "passed":
         raise _refusal(f"an empty program {outcome.status} ({outcome.detail})")
     return Enforced(namespace="namespace" in walls, landlock="landlock" in walls)
