@@ -392,10 +392,10 @@ def _folder_row(target: Target, folder: Path, parameters: int) -> ModelRow:
 def _identity(targets: Sequence[Target], grid: Grid, device: torch.device) -> dict[str, Any]:
     """All that the figures of a cell depend on, as JSON values."""
     found = asdict(environment(torch.device("cpu"), qquant_version=qquant.__version__))
-    models: dict[str, Any] = {}
+    models = {}
     for target in targets:
-        models[target.label] = target.sha256 or json.loads(target.config.to_json_string(use_diff=False))
-        if isinstance(models[target.label], dict):
-            models[target.label].pop("_name_or_path", None)  # where it lies decides nothing
+        shapes = json.loads(target.config.to_json_string(use_diff=False))
+        shapes.pop("_name_or_path", None)  # where it lies decides nothing
+        models[target.label] = target.sha256 or shapes
     machine = {name: found[name] for name in ("python", "torch", "transformers", "qquant", "cpu", "libraries")}
     return {"profile": asdict(grid), "device": str(device), "models": models, **machine}

@@ -20,8 +20,8 @@ from qquant.models.layouts import block_list, find_layout, linears
 from qquant.packing import in_order, packable
 from qquant.records import Precision
 from qquant.sources import BUILD_ERRORS, skeleton
+from qquant.stored_bytes import BITS as BITS
 
-BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _STD = 0.02

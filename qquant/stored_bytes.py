@@ -12,7 +12,7 @@ from qquant.errors import UsageError
 from qquant.records import KVKind, Precision
 
 ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-BITS: dict[str, int] = {"int8": 8, "int4": 4}
+BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 
 RESERVE_AHEAD = 1024
 # Of kv_store.TokenStore and kv_ops; tests hold them against the cache itself.

@@ -112,6 +112,7 @@ def test_missing_native_modules_leave_the_core_healthy_and_are_explained() -> No
     assert rows["read bandwidth"]["state"] == "absent"
 
 
+@pytest.mark.slow  # reads memory for seconds
 def test_the_probe_measures_a_plausible_rate() -> None:
     if _native.host() is None:
         pytest.skip("qquant._host is not built here")
