@@ -362,18 +362,7 @@ def _rows(targets: Sequence[Target], parameters: Mapping[str, int]) -> tuple[Mod
                 model_type=target.config.model_type,
                 parameters=parameters[target.label],
                 random_weights=True,
-                method=None,
-                bits=None,
-                group_size=None,
                 checkpoint_dtype=str(target.dtypes[0]).removeprefix("torch."),
-                weights_bytes=None,
-                folder_bytes=None,
-                bits_per_weight=None,
-                accuracy=None,
-                speed=None,
-                memory=None,
-                ratios=None,
-                layer_errors=(),
             )
         rows.append(row if rows else row.model_copy(update={"role": "baseline"}))
     return tuple(rows)
@@ -397,5 +386,6 @@ def _identity(targets: Sequence[Target], grid: Grid, device: torch.device) -> di
         shapes = json.loads(target.config.to_json_string(use_diff=False))
         shapes.pop("_name_or_path", None)  # where it lies decides nothing
         models[target.label] = target.sha256 or shapes
-    machine = {name: found[name] for name in ("python", "torch", "transformers", "qquant", "cpu", "libraries")}
-    return {"profile": asdict(grid), "device": str(device), "models": models, **machine}
+    machine = ("python", "torch", "transformers", "qquant", "cpu", "libraries")
+    own = {"profile": asdict(grid), "device": str(device), "models": models}
+    return own | {name: found[name] for name in machine}

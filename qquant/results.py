@@ -81,21 +81,21 @@ class ModelRow(Strict):
     """Weights were drawn at random at the model's shapes: speed and memory are real, answers would not be."""
     quantization: dict[str, Any] | None = None
     """The folder's quantization_config, less what names no number; None for a model that is not quantized."""
-    method: str | None
+    method: str | None = None
     """How it was quantized; None for a model that is not."""
-    bits: int | None
-    group_size: int | None
+    bits: int | None = None
+    group_size: int | None = None
     checkpoint_dtype: str
     """The dtype its config.json names; the report's compute_dtype says what it was run in."""
-    weights_bytes: int | None
-    folder_bytes: int | None
-    bits_per_weight: float | None
+    weights_bytes: int | None = None
+    folder_bytes: int | None = None
+    bits_per_weight: float | None = None
     """8 * weights_bytes by the baseline's parameters: embeddings, scales and all."""
-    accuracy: Accuracy | None
-    speed: Speed | None
-    memory: Memory | None
-    ratios: Ratios | None
-    layer_errors: tuple[LayerError, ...]
+    accuracy: Accuracy | None = None
+    speed: Speed | None = None
+    memory: Memory | None = None
+    ratios: Ratios | None = None
+    layer_errors: tuple[LayerError, ...] = ()
 
 
 class Result(Strict):

@@ -313,7 +313,8 @@ def test_a_baseline_that_cannot_be_loaded_is_refused_before_the_first_cell(
 
 
 def test_sizes_are_read_with_their_units(asked: Asked, tmp_path: Path, tiny_qwen2: Path, run: Any) -> None:
-    for text, expected in {"2GiB": 2 * GIB, "1.5 gib": 3 * GIB // 2, "800MB": 800_000_000, "2000000": 2_000_000}.items():
+    sizes = {"2GiB": 2 * GIB, "1.5 gib": 3 * GIB // 2, "800MB": 800_000_000, "2000000": 2_000_000}
+    for text, expected in sizes.items():
         assert run(tiny_qwen2, "--memory-limit", text, "--out", tmp_path / str(expected)).exit_code == 0
         assert asked[-1].memory_limit_bytes == expected
 
