@@ -14,13 +14,12 @@ from typing import Any, get_args
 import torch
 
 from qquant.baselines import BitsAndBytesKind, check_bitsandbytes, load_bitsandbytes
-from qquant.checkpoint import load_model, quantization_config
+from qquant.checkpoint import is_quantized, load_model, quantization_config
 from qquant.errors import DoesNotFitError
 from qquant.eval_inputs import stored_dtype
 from qquant.eval_record import model_rows
 from qquant.identity import model_sha256, tokenizer_sha256
 from qquant.results import ModelRow
-from qquant.sources import read_config
 from qquant.telling import OnProgress
 
 
@@ -66,8 +65,7 @@ def rows(folders: Mapping[str, Path], **measured: Any) -> tuple[ModelRow, ...]:
 
 def quantization_keys(folder: Path) -> dict[str, Any]:
     """What a folder says about its quantization, checked; empty for a plain model."""
-    quantized = getattr(read_config(folder), "quantization_config", None) or (folder / "quantize_config.json").exists()
-    return quantization_config(folder) if quantized else {}
+    return quantization_config(folder) if is_quantized(folder) else {}
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from qquant.cell_process import measure_apart
 from qquant.checkpoint import is_quantized, quantization_config
 from qquant.errors import BadModelError, UsageError
 from qquant.eval_inputs import labelled, refuse_below_one, stored_dtype
-from qquant.eval_record import finished_result, model_rows
+from qquant.eval_models import rows as folder_rows
+from qquant.eval_record import finished_result
 from qquant.footprint import ModelShapes, footprint
 from qquant.identity import model_sha256
 from qquant.journal import Journal, resumable
@@ -369,11 +370,8 @@ def _rows(targets: Sequence[Target], parameters: Mapping[str, int]) -> tuple[Mod
 
 
 def _folder_row(target: Target, folder: Path, parameters: int) -> ModelRow:
-    """A folder's row; ``model_rows`` takes the first of its folders for the original, and here each stands alone."""
-    label = target.label
-    keys = quantization_config(folder) if is_quantized(folder) else {}
-    identities = {label: target.sha256 or ""}
-    (row,) = model_rows({label: folder}, {label: keys}, {label: stored_dtype(folder)}, identities=identities)
+    """A folder's row; an evaluation takes the first of its folders for the original, and here each stands alone."""
+    (row,) = folder_rows({target.label: folder}, identities={target.label: target.sha256 or ""})
     cost = None if row.weights_bytes is None else 8 * row.weights_bytes / parameters
     return row.model_copy(update={"role": "candidate", "parameters": parameters, "bits_per_weight": cost})
 

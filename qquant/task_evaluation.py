@@ -216,14 +216,10 @@ def _checked(
         raise UsageError(
             "lm-eval's format is for base style, got --style chat; leave that out, or use --prompt-format qwen"
         )
-    if "humaneval" in names and not allow_code_execution:
-        raise UsageError(
-            "humaneval runs Python code that the model wrote; allow it with --allow-code-execution (in a separate "
-            "process with limits), or leave humaneval out of --tasks"
-        )
     if "humaneval" in names:
-        from qquant.tasks.sandbox import enforced
+        from qquant.tasks.sandbox import enforced, require_permission
 
+        require_permission(allow_code_execution)
         enforced()  # refuses a machine on which nothing can be confined now, and not after hours of generation
     if backend == "lm-eval":
         from qquant.tasks.lm_eval_backend import require_lm_eval

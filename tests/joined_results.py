@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from qquant import answer_report, plan_report, profile_report, records, task_report
 from qquant import results as record
 from qquant.results import ModelRow, Result
+from tests import test_result_files
 
 GIB = 2**30
 PARAMETERS_7B = 7_721_324_544
@@ -28,18 +30,7 @@ def make_environment(**changes: Any) -> records.Environment:
     return records.Environment(**{**fields, **changes})
 
 
-def make_accuracy(perplexity: float, kl: float | None) -> records.Accuracy:
-    return records.Accuracy(
-        tokens=999,
-        nll_mean_nats=2.5,
-        perplexity=perplexity,
-        nll_difference_nats=None if kl is None else 0.0123,
-        nll_difference_stderr_nats=None if kl is None else 0.0011,
-        kl_mean_nats=kl,
-        kl_p99_nats=None if kl is None else kl * 9,
-        kl_max_nats=None if kl is None else kl * 50,
-        top1_agreement=None if kl is None else 0.959,
-    )
+make_accuracy = partial(test_result_files.make_accuracy, top1=0.959)
 
 
 def make_row(label: str, role: str = "candidate", **changes: Any) -> ModelRow:

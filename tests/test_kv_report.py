@@ -29,7 +29,7 @@ from qquant.kv_report import (
 )
 from qquant.result_files import to_markdown, write_result
 from qquant.results import Result, result_from_json
-from tests.test_result_files import make_accuracy, make_report
+from tests.test_result_files import leaves, make_accuracy, make_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -162,22 +162,13 @@ def test_markdown_is_a_function_of_the_json_alone(tmp_path: Path) -> None:
 def test_every_number_of_the_tables_is_a_rounded_field() -> None:
     cost = make_cost()
     fields: set[str] = set()
-
-    def collect(value: Any) -> None:
-        if isinstance(value, dict):
-            for item in value.values():
-                collect(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                collect(item)
-        elif isinstance(value, int | float):
+    for value in leaves(cost.model_dump()):
+        if isinstance(value, int | float):
             shapes = ("d",) if isinstance(value, int) else (".1f", ".2f", ".3f", ".4f", ".5f", ".3g")
             fields.update(number for shape in shapes for number in numbers(format(value, shape)))
             fields.add(f"{100 * value:.2f}")
         elif value is not None:
             fields.update(numbers(str(value)))
-
-    collect(cost.model_dump())
     cells = {cell for line in section(cost).splitlines() if line.startswith("|") for cell in numbers(line)}
     headings = {"1", "8", "99", "16"}  # of "top-1", "int8", "p99" and "bfloat16"
     assert cells - headings <= fields

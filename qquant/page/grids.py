@@ -62,7 +62,9 @@ def _points(place: int, result: Result) -> Iterator[_Point]:
         yield _Point(*where, f"measured on {env.device}{drawn}", place, "measured", cell.measured_peak_bytes, status)
         if cell.predicted:
             yield _Point(*where, "predicted", place, "predicted", cell.predicted.peak_bytes, NOT_KNOWN)
-    yield from _beside_profile(result)
+    keys = [cell.key for cell in result.profile.cells] if result.profile else []
+    for label in dict.fromkeys(key.label for key in keys):
+        yield from _published_beside(label, rows.get(label), [key for key in keys if key.label == label])
     if result.plan is None:
         return
     model = result.plan.model.replace("\\", "/").rstrip("/").rpartition("/")[2]
@@ -71,17 +73,14 @@ def _points(place: int, result: Result) -> Iterator[_Point]:
         where = (model, planned.precision, planned.kv_cache, *_run(planned))
         source = f"predicted, {result.plan.runtime}"
         yield _Point(*where, source, place, "predicted", planned.footprint.peak_bytes, NOT_KNOWN)
-    runs = [_run(planned) for planned in result.plan.cells]
-    for precision, kv_cache in dict.fromkeys((planned.precision, planned.kv_cache) for planned in result.plan.cells):
+    yield from _published_beside(model, row, result.plan.cells)
+
+
+def _published_beside(model: str, row: ModelRow | None, ours: Sequence[CellKey | PlanCell]) -> Iterator[_Point]:
+    """Published cells of a model in every precision and cache that we have it in."""
+    runs = [_run(cell) for cell in ours]
+    for precision, kv_cache in dict.fromkeys((cell.precision, cell.kv_cache) for cell in ours):
         yield from _published_points(model, row, precision, kv_cache, runs)
-
-
-def _beside_profile(result: Result) -> Iterator[_Point]:
-    rows = {row.label: row for row in result.rows}
-    keys = [cell.key for cell in result.profile.cells] if result.profile else []
-    for label, precision, kv_cache in dict.fromkeys((key.label, key.precision, key.kv_cache) for key in keys):
-        runs = [_run(key) for key in keys if key.label == label]
-        yield from _published_points(label, rows.get(label), precision, kv_cache, runs)
 
 
 def _run(cell: CellKey | PlanCell | PublishedCell) -> tuple[int, int, int]:

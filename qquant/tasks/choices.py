@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qquant.errors import BadDataError
-from qquant.tasks.items import LETTERS, Item, Question, Style, TaskName, TaskSet, Verdict
+from qquant.tasks.items import LETTERS, Item, Question, Style, TaskName, TaskSet, Verdict, judge_choices
 
 DEFAULT_SHOTS: Mapping[Style, int] = {"base": 5, "chat": 0}
 
@@ -82,10 +82,7 @@ def judge(question: Question, *, logprobs: Sequence[float] | None) -> Verdict:
         question: one of ``questions``'s.
         logprobs: of each choice in the order of the letters, in nats.
     """
-    if logprobs is None or len(logprobs) != len(question.choices):
-        raise ValueError(f"one log-likelihood per choice is needed, {len(question.choices)}, got {logprobs}")
-    answer = LETTERS[max(range(len(logprobs)), key=logprobs.__getitem__)]
-    return Verdict(answer, answer == question.truth)
+    return judge_choices(question, logprobs)
 
 
 def _base(wording: _Wording, item: Item, examples: Sequence[Item]) -> Question:

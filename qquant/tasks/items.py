@@ -1,12 +1,12 @@
 """What a task is made of: items as published, questions as a model is asked them, verdicts on its answers.
 
-Types only. Files are read by files.py, prompts made by choices.py, gsm8k.py, humaneval.py and lm_eval_prompts.py,
-models run by runner.py; what a report keeps of all this is task_report.py's.
+Types, and which letter a model chose. Files are read by files.py, prompts made by choices.py, gsm8k.py, humaneval.py
+and lm_eval_prompts.py, models run by runner.py; what a report keeps of all this is task_report.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,3 +88,24 @@ class Verdict:
     answer: str | None
     """A letter, a number as text, "passed" or why not; None: it gave none that can be read."""
     correct: bool
+
+
+def likeliest_letter(logprobs: Sequence[float]) -> str:
+    """The letter of the largest log-likelihood; of equals, the first."""
+    return LETTERS[max(range(len(logprobs)), key=logprobs.__getitem__)]
+
+
+def judge_choices(question: Question, logprobs: Sequence[float] | None) -> Verdict:
+    """The letter whose continuation is likeliest, against the truth.
+
+    Args:
+        question: with choices.
+        logprobs: of each choice in the order of the letters, in nats.
+
+    Raises:
+        ValueError: not one log-likelihood per choice.
+    """
+    if logprobs is None or len(logprobs) != len(question.choices):
+        raise ValueError(f"one log-likelihood per choice is needed, {len(question.choices)}, got {logprobs}")
+    answer = likeliest_letter(logprobs)
+    return Verdict(answer, answer == question.truth)

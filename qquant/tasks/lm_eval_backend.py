@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from qquant.errors import BadDataError, BadModelError, NumericError, UsageError
 from qquant.task_report import TaskItem
-from qquant.tasks.items import LETTERS, Item, TaskSet, Verdict
+from qquant.tasks.items import LETTERS, Item, TaskSet, Verdict, likeliest_letter
 from qquant.tasks.lm_eval_prompts import FEWSHOT_SEED, GSM8K_SCORED, compared_text, judge, questions
+from qquant.tasks.sandbox import require_permission
 from qquant.telling import OnProgress, unheard
 
 OLDEST = (0, 4, 13)
@@ -102,11 +103,8 @@ def run_lm_eval(
         BadModelError: the model's window has no room for what a task generates.
         NumericError: log-likelihoods that are not finite.
     """
-    if data.task == "humaneval" and not allow_code_execution:
-        raise UsageError(
-            "humaneval runs Python code that the model wrote; allow it with --allow-code-execution (in a separate "
-            "process with limits), or leave humaneval out of --tasks"
-        )
+    if data.task == "humaneval":
+        require_permission(allow_code_execution)
     samples = run_harness(
         model,
         tokenizer,
@@ -299,8 +297,7 @@ def _sample(item: Item, entries: Sequence[Mapping[str, Any]], harness_model: Any
         if not all(map(math.isfinite, logprobs)):
             raise NumericError("the model's logits must be finite to compare choices; try --dtype float32")
         # The first of the largest, as the harness's argmax; whether that is right is the harness's own word.
-        answer = LETTERS[max(range(len(logprobs)), key=logprobs.__getitem__)]
-        verdicts = {first["filter"]: Verdict(answer=answer, correct=first["acc"] == 1.0)}
+        verdicts = {first["filter"]: Verdict(answer=likeliest_letter(logprobs), correct=first["acc"] == 1.0)}
         # The last token of a continuation is scored and not read.
         tokens, room = len(harness_model.tok_encode(context + detail)) - 1, harness_model.max_length
     else:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from qquant.errors import BadDataError, UsageError
-from qquant.tasks.items import LETTERS, Item, Question, TaskSet, Verdict
+from qquant.tasks.items import LETTERS, Item, Question, TaskSet, Verdict, judge_choices
 from qquant.tasks.sandbox import run_untrusted
 
 SHOTS: Mapping[str, int] = {"mmlu": 0, "ceval": 0, "cmmlu": 0, "gsm8k": 5, "humaneval": 0}
@@ -160,10 +160,7 @@ def judge(question: Question, *, logprobs: Sequence[float] | None = None, output
         UsageError: HumanEval's code cannot be confined on this machine.
     """
     if question.choices:
-        if logprobs is None or len(logprobs) != len(question.choices):
-            raise ValueError(f"one log-likelihood per choice is needed, {len(question.choices)}, got {logprobs}")
-        answer = LETTERS[max(range(len(logprobs)), key=logprobs.__getitem__)]
-        return Verdict(answer=answer, correct=answer == question.truth)
+        return judge_choices(question, logprobs)
     if output is None:
         raise ValueError("a question without choices is judged by its output, got none")
     if "entry_point" in question.item.extra:

@@ -88,6 +88,15 @@ class Enforced:
         return f"Generated code was held by {', '.join(active)}{absent}."
 
 
+def require_permission(allowed: bool) -> None:
+    """Raise UsageError unless the user has allowed that code which a model wrote is run at all."""
+    if not allowed:
+        raise UsageError(
+            "humaneval runs Python code that the model wrote; allow it with --allow-code-execution (in a separate "
+            "process with limits), or leave humaneval out of --tasks"
+        )
+
+
 def enforced() -> Enforced:
     """Try the sandbox with an empty program, before anything long is begun that ends in it.
 
