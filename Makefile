@@ -1,5 +1,5 @@
-# One command each: quickstart, test, check, interop, lm-eval, bench, gpu. Each makes what it needs and remembers it, so the
-# second call starts at once. Nothing is needed beforehand but a Python 3.11 or newer.
+# One command each: quickstart, test, check, sanitize, interop, lm-eval, bench, gpu. Each makes what it needs and
+# remembers it, so the second call starts at once. Nothing is needed beforehand but a Python 3.11 or newer.
 #
 #   PYTHON=python3.12   which interpreter makes the environment (and runs `gpu`)
 #   VENV=.venv          where the environment is
@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q -q
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format interop lm-eval bench gpu clean
+.PHONY: help install quickstart test check format sanitize interop lm-eval bench gpu clean
 
 help:
 	@echo "make quickstart   quantize and evaluate the example model, and say where the report is"
@@ -25,6 +25,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make check        lint, formatting, types"
 	@echo "make format       let ruff repair what it can"
+	@echo "make sanitize     run the CPU kernels under address and undefined-behaviour sanitizers"
 	@echo "make interop      exchange checkpoints with other GPTQ tools, in an environment of its own"
 	@echo "make lm-eval      compare every decision with lm-evaluation-harness, in an environment of its own"
 	@echo "make bench        run the CPU benchmarks"
@@ -79,6 +80,9 @@ format: $(STAMP)-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+sanitize: $(STAMP)-package $(STAMP)-dev
+	$(PY) -m pytest -q tests/test_linear_sanitized.py tests/test_step_sanitized.py
+
 interop: $(STAMP)-package
 	QQUANT_PYTHON="$(PY)" bash tests/interop/run.sh
 
@@ -87,6 +91,8 @@ lm-eval: $(STAMP)-package
 
 bench: $(STAMP)-package
 	$(PY) benchmarks/bench_kv_decode.py --quick
+	$(PY) benchmarks/bench_linear.py --quick
+	$(PY) benchmarks/bench_decode.py --quick
 	@for file in benchmarks/bench_vs_gptqmodel.py benchmarks/bench_large.py; do echo "== $$file"; $(PY) $$file || exit 1; done
 
 # Uses the machine's own torch, so it installs nothing. Every GPU benchmark is benchmarks/gpu_*.py and takes --out FILE.

@@ -114,8 +114,10 @@ def cuda_extension(name: str, sources: list[str]) -> Extension:
 EXTENSIONS: dict[str, Callable[[], Extension]] = {
     "qquant._host": lambda: plain_extension("qquant._host", "qquant/csrc/host.cpp"),  # what the processor can do
     "qquant._gram": lambda: plain_extension("qquant._gram", "qquant/csrc/gram.cpp"),  # Hessians of bfloat16 inputs
-    "qquant._C": lambda: torch_extension("qquant._C", ["qquant/csrc/ops.cpp", *glob("qquant/csrc/cpu/*.cpp")]),
-    "qquant._C_cuda": lambda: cuda_extension("qquant._C_cuda", ["qquant/csrc/cuda/ops_cuda.cpp"]),
+    "qquant._C": lambda: torch_extension(
+        "qquant._C", sorted(glob("qquant/csrc/*ops.cpp") + glob("qquant/csrc/cpu/*.cpp"))
+    ),
+    "qquant._C_cuda": lambda: cuda_extension("qquant._C_cuda", sorted(glob("qquant/csrc/cuda/*.cpp"))),
 }
 
 

@@ -33,6 +33,16 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
         "vocab_size": 32000,
     },
+    # Qwen2.5-0.5B: half a billion parameters, of them a quarter in a tied embedding
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
 }
 GRID = [
     # shape, precision, KV cache, batch, prompt tokens, new tokens
@@ -54,6 +64,13 @@ GRID = [
     ("gqa", "bf16", "bf16", 8, 64, 16),
     ("gqa", "int8", "int8", 2, 512, 4),
     ("gqa", "int4", "int8", 4, 256, 4),
+    ("gqa", "int4", "bf16", 16, 64, 4),
+    ("0.5b", "bf16", "bf16", 1, 128, 8),
+    ("0.5b", "int8", "bf16", 1, 128, 8),
+    ("0.5b", "int8", "int8", 4, 256, 8),
+    ("0.5b", "int4", "bf16", 1, 128, 8),
+    ("0.5b", "int4", "int8", 4, 256, 8),
+    ("0.5b", "int4", "bf16", 1, 2048, 4),
 ]
 GROUP_SIZE = 128
 
@@ -66,41 +83,6 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def random_model(config: Any, precision: str) -> Any:
-    """A model of this configuration with arbitrary weights, its blocks' linears packed unless they stay bfloat16."""
-    import torch
-    from accelerate import init_empty_weights
-    from torch import nn
-    from transformers import AutoModelForCausalLM
-
-    from qquant.linear import QuantLinear
-    from qquant.models.layouts import block_list, find_layout, linears
-
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if precision != "bf16":
-        for block in block_list(model, find_layout(model, config.model_type)):
-            for name, layer in linears(block).items():
-                path, _, leaf = name.rpartition(".")
-                bits, bias = int(precision.removeprefix("int")), None if layer.bias is None else torch.bfloat16
-                sides = layer.in_features, layer.out_features
-                packed = QuantLinear(*sides, bits=bits, group_size=GROUP_SIZE, bias=bias)
-                packed.qweight.random_()
-                packed.qzeros.fill_(0x77777777 if bits == 4 else 0x7F7F7F7F)
-                packed.scales.fill_(0.001)
-                packed.g_idx.copy_(torch.arange(layer.in_features) // GROUP_SIZE)
-                if packed.bias is not None:
-                    packed.bias.zero_()
-                setattr(block.get_submodule(path), leaf, packed)
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                value = torch.empty_like(parameter, device="cpu").normal_(0, 0.02)
-                module._parameters[name] = nn.Parameter(value)  # requires gradients, as what from_pretrained loads
-    model.tie_weights()
-    return model.eval()
-
-
 def measure(shape: str, precision: Any, kv: Any, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Generate once in this process and read the meters."""
     import torch
@@ -109,14 +91,17 @@ def measure(shape: str, precision: Any, kv: Any, batch: int, prompt: int, new: i
     import qquant
     from qquant import kv_cache_quant  # noqa: F401
     from qquant.footprint import footprint
+    from qquant.random_models import random_model
     from qquant.shapes import model_shapes
+    from qquant.sources import skeleton
 
-    options: dict[str, Any] = {**SHAPES[shape], "max_position_embeddings": 8192, "tie_word_embeddings": False}
+    options: dict[str, Any] = {"max_position_embeddings": 8192, "tie_word_embeddings": False, **SHAPES[shape]}
     config = Qwen2Config(**options)
     shapes = model_shapes(config)
-    torch.manual_seed(0)
+    skeleton(config, Path(shape))  # modules of the family are libraries and not the model
+    place = torch.device("cpu")
     before = resident("VmRSS")
-    model = random_model(config, precision)
+    model: Any = random_model(config, precision=precision, dtype=torch.bfloat16, device=place, group_size=GROUP_SIZE)
     loaded = resident("VmRSS")
     if kv != "bf16":
         qquant.enable_kv_quant(model, value_bits=8 if kv == "int8" else 4)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,13 +23,15 @@ from qquant.adapter import WEIGHTS_NAME
 from qquant.adapter_settings import CONFIG_NAME
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.errors import BadModelError, NumericError, QquantError, UsageError
-from qquant.hf_plugin import METHOD, GptqFileConfig, GptqLoader, check_keys, swap_linears
+from qquant.gptq_keys import METHOD, GptqFileConfig, check_keys
+from qquant.hf_plugin import GptqLoader, _say, swap_linears
 from qquant.json_files import read_json, write_json
 from qquant.kv_cache_quant import enable_as_configured
-from qquant.linear import Kernel
+from qquant.linear_kernels import Kernel, wished
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period
 from qquant.publish import Kind
+from qquant.rounded_head import check_head_bits, round_head
 from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.solver import group_columns
 from qquant.sources import BUILD_ERRORS, LoadedModel, StreamedModel, compute_dtype, read_config, resolve_folder
@@ -285,7 +287,9 @@ def load_quantized(
     *,
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
-    kernel: Kernel = "auto",
+    kernel: Kernel | str = Kernel.AUTO,
+    activation_bits: Literal[8] | None = None,
+    head_bits: Literal[8] | None = None,
     use_cache_quantization: bool | None = None,
     use_cache_kernel: bool | None = None,
     **model_options: Any,
@@ -298,18 +302,26 @@ def load_quantized(
         path: folder, or a hub id.
         dtype: compute dtype; "auto": the one config.json names, but float32 for float16 on a CPU.
         device_map: as in transformers' ``from_pretrained``; None: the CPU.
-        kernel: "auto" or "reference", see ``QuantLinear``.
+        kernel: what multiplies packed linears, see ``Kernel``.
+        activation_bits: 8 rounds the activations of packed linears, one step for each token and 128 columns, which is
+            faster for many tokens and changes results; CPU only. None: they are used as they are.
+        head_bits: 8 rounds the output projection to 8 bits in groups of 128: fewer bytes to read for every token, other
+            results, and a model that cannot be saved. Its activations stay exact. None: it is used as it is stored.
         use_cache_quantization: whether ``generate`` keeps keys and values in 8 bits, see ``enable_kv_quant``; None:
             as config.json says, else no.
         use_cache_kernel: whether it runs the compiled kernels; None: as config.json says, else yes.
         **model_options: passed on to ``from_pretrained``.
 
     Returns:
-        The model in eval mode.
+        The model in eval mode. Which kernel serves which layers, and why, is logged by ``qquant.kernels``.
 
     Raises:
         BadModelError: incomplete, inconsistent, or with keys that are not understood.
+        UsageError: no such kernel, or one that cannot serve these layers here; an output projection that cannot be
+            rounded.
     """
+    check_head_bits(head_bits)
+    chosen = {"kernel": wished(kernel), "activation_bits": activation_bits}
     folder = resolve_folder(str(path))
     config = read_config(folder)
     for flag, value in (("use_cache_quantization", use_cache_quantization), ("use_cache_kernel", use_cache_kernel)):
@@ -318,8 +330,10 @@ def load_quantized(
     # Whoever names the cache wants the model with or without it, be its weights quantized or not.
     named = use_cache_quantization is not None or getattr(config, "use_cache_quantization", None)
     plain = named and not is_quantized(folder)
+    if plain and head_bits is not None:
+        raise UsageError(f"head_bits is about quantized models, and {folder} is none; leave it out")
     if not plain:
-        config.quantization_config = {**quantization_config(folder), "quant_method": METHOD, "kernel": kernel}
+        config.quantization_config = {**quantization_config(folder), "quant_method": METHOD, **chosen}
     # Named outright, so that transformers reads what was checked here, and AutoGPTQ's gptq_model-4bit-128g.safetensors.
     files = weight_files(folder)
     config.transformers_weights = INDEX_NAME if (folder / INDEX_NAME).exists() else files[0].name
@@ -331,6 +345,8 @@ def load_quantized(
     )
     if plain:  # otherwise the plug-in has done so
         enable_as_configured(model)
+    if head_bits is not None:
+        _say([round_head(model, bits=head_bits, kernel=kernel)])
     return model
 
 

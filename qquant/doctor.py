@@ -83,7 +83,8 @@ def examine(*, probe: bool = False, named: Sequence[str] = ()) -> list[dict[str,
         probe: also measure how fast one thread reads memory.
         named: packages that the user asks about; one that is not used here is explained even if it is not installed.
     """
-    return [*_python(), *_torch(), *_core(), *_extras(), *_retired(named), *_native(), *_machine(probe=probe)]
+    installed = [*_python(), *_torch(), *_core(), *_extras(), *_retired(named)]
+    return [*installed, *_native(), *_linears(), *_machine(probe=probe)]
 
 
 def _only(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -204,6 +205,27 @@ def _native() -> Iterator[dict[str, Any]]:
             yield _row("native", name, "absent", why, _native.REBUILD)
 
 
+def _linears() -> Iterator[dict[str, Any]]:
+    """What multiplies a packed linear on each device, for common widths and compute dtypes, from the one table."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return  # _torch() has already reported it as broken
+    from qquant import linear_ops  # noqa: F401 - declares the operators that kernels are asked for
+    from qquant.linear_kernels import described, place_of, steps_of
+
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    for device in ("cpu", *gpus):
+        place = place_of(torch.device(device))
+        for bits in (4, 8):
+            # Of int8, torch's kernel reads layers with one scale per row only, which GPTQ files seldom are.
+            obstacle = "" if bits == 4 else "and groups have scales of their own"
+            for dtype in (torch.bfloat16, torch.float32):
+                steps = steps_of(place, dtype=dtype, bits=bits, torch_obstacle=obstacle)
+                name = f"int{bits} {str(dtype).removeprefix('torch.')} {device}"
+                yield _row("linear", name, "absent" if place.missing else "ok", described(steps, place))
+
+
 def _machine(*, probe: bool) -> Iterator[dict[str, Any]]:
     """Processor, memory and, on request, the measured read bandwidth of one thread."""
     from qquant import _native
@@ -266,7 +288,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for title in ("area", "name", "state", "found"):
         table.add_column(title, overflow="fold")
     area = ""
-    for row in sorted(rows, key=lambda row: ("core", "optional", "native", "machine").index(row["area"])):
+    for row in sorted(rows, key=lambda row: ("core", "optional", "native", "linear", "machine").index(row["area"])):
         colour = colours[row["state"]]
         state = f"[{colour}]{row['state']}[/{colour}]"
         table.add_row(row["area"] if row["area"] != area else "", escape(row["name"]), state, escape(row["found"]))

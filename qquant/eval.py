@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MEASURES = {
     "accuracy": (
         "data", "max_tokens", "seq_len", "stride", "speed", "kv_cache", "kv_tokens", "answers", "answer_tokens",
-        "bitsandbytes",
+        "bitsandbytes", "activation_bits", "head_bits",
     ),
     "long-context": ("data", "max_tokens", "lengths"),
     "tasks": (
@@ -69,6 +69,14 @@ def evaluate_command(
     ] = False,
     bitsandbytes: Annotated[
         str | None, typer.Option(help="Also the baseline as bitsandbytes loads it: nf4, llm-int8, or nf4,llm-int8.")
+    ] = None,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option("--activation-bits", help="8: also each quantized candidate with int8 activations, on a CPU."),
+    ] = None,
+    head_bits: Annotated[
+        int | None,
+        typer.Option("--head-bits", help="8: also each quantized candidate with its output projection in int8."),
     ] = None,
     answers: Annotated[int, typer.Option(min=0, help="Also sample answers to this many prompts of the text.")] = 0,
     answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="Tokens of each.")] = 64,
@@ -137,7 +145,7 @@ def _on_text(measure: str, chosen: dict[str, Any]) -> Callable[..., Result]:
     if measure == "long-context":
         return partial(evaluate_long_context, **options, lengths=parse_lengths(chosen["lengths"] or ""))
     options |= {name: chosen[name] for name in ("seq_len", "stride", "speed", "kv_cache", "kv_tokens")}
-    options |= {name: chosen[name] for name in ("answers", "answer_tokens")}
+    options |= {name: chosen[name] for name in ("answers", "answer_tokens", "activation_bits", "head_bits")}
     return partial(evaluate_checkpoints, **options, bitsandbytes=words(chosen["bitsandbytes"] or ""))
 
 

@@ -1,6 +1,7 @@
 """The models of an evaluation by label: what loads them, what identifies them, the rows that a report has for them.
 
-Folders come first, in their order; what bitsandbytes makes of the baseline comes last. Nothing here runs a model.
+Folders come first, in their order, and behind a quantized candidate the same with int8 activations and with an int8
+head; what bitsandbytes makes of the baseline comes last. Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ from typing import Any, get_args
 import torch
 
 from qquant.baselines import BitsAndBytesKind, check_bitsandbytes, load_bitsandbytes
-from qquant.checkpoint import is_quantized, load_model, quantization_config
-from qquant.errors import DoesNotFitError
+from qquant.checkpoint import is_quantized, load_model, load_quantized, quantization_config
+from qquant.errors import DoesNotFitError, UsageError
 from qquant.eval_inputs import stored_dtype
 from qquant.eval_record import model_rows
 from qquant.identity import model_sha256, tokenizer_sha256
+from qquant.linear_kernels import place_of, steps_of
 from qquant.results import ModelRow
+from qquant.rounded_head import check_head_bits
 from qquant.telling import OnProgress
+
+Rounded = dict[str, int]
+"""An option of ``load_quantized`` that rounds something in memory -> bits; also the field of a row that says so."""
+
+_ROUNDED = {"activation_bits": "int{} activations", "head_bits": "an int{} head"}
 
 
 def bitsandbytes_labels(folders: Mapping[str, Path], names: Sequence[str]) -> dict[str, BitsAndBytesKind]:
@@ -35,20 +43,80 @@ def bitsandbytes_labels(folders: Mapping[str, Path], names: Sequence[str]) -> di
     return {f"{first}-{kind}": kind for name in names for kind in get_args(BitsAndBytesKind) if kind == name}
 
 
+def with_rounded(
+    folders: Mapping[str, Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    activation_bits: int | None = None,
+    head_bits: int | None = None,
+) -> tuple[dict[str, Path], dict[str, Rounded]]:
+    """The folders with every quantized candidate once more behind itself for each thing to be rounded in memory.
+
+    Args:
+        folders: by label; the first is the baseline.
+        dtype: that models compute in.
+        device: where they run.
+        activation_bits: 8: once with rounded activations; None: no candidate is run so.
+        head_bits: 8: once with a rounded output projection; None: no candidate is run so.
+
+    Returns:
+        Folders by label, and what is rounded, by the labels that are new.
+
+    Raises:
+        UsageError: no candidate is quantized, other bits, or there is no kernel that rounds activations here.
+    """
+    check_head_bits(head_bits)
+    options = {"activation_bits": activation_bits, "head_bits": head_bits}
+    wishes = {option: bits for option, bits in options.items() if bits is not None}
+    found: dict[str, Path] = {}
+    rounded: dict[str, Rounded] = {}
+    for label, folder in folders.items():
+        first = not found
+        found[label] = folder
+        if first or not wishes or not is_quantized(folder):
+            continue
+        if activation_bits is not None:  # refuses what cannot be
+            bits = int(quantization_config(folder).get("bits", 0))
+            steps_of(place_of(device), dtype=dtype, bits=bits, activation_bits=activation_bits)
+        for option, bits in wishes.items():
+            again = f"{label} with {_ROUNDED[option].format(bits)}"
+            found[again], rounded[again] = folder, {option: bits}
+    if wishes and not rounded:
+        option = next(iter(wishes))
+        raise UsageError(f"{option} is about quantized models, and no candidate is quantized; name one that is")
+    return found, rounded
+
+
 def loaders(
-    folders: Mapping[str, Path], kinds: Mapping[str, BitsAndBytesKind], dtype: torch.dtype, device: torch.device
+    folders: Mapping[str, Path],
+    kinds: Mapping[str, BitsAndBytesKind],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> dict[str, Callable[[], Any]]:
-    """Functions that load the models, by label."""
+    """Functions that load the models, by label; ``rounded``: label -> what is rounded in memory, where something is."""
     first = next(iter(folders.values()))
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    place = None if device.type == "cpu" else {"": str(device)}
+    again: dict[str, Any] = {"dtype": dtype, "device_map": place, "use_cache_quantization": False}
     return {
-        **{label: partial(load_model, folder, dtype=dtype, device=device) for label, folder in folders.items()},
-        **{label: partial(load_bitsandbytes, first, kind, dtype=dtype, device=device) for label, kind in kinds.items()},
+        **{label: partial(load_model, folder, **options) for label, folder in folders.items()},
+        **{
+            label: partial(load_quantized, folders[label], **{**again, **bits})
+            for label, bits in (rounded or {}).items()
+        },
+        **{label: partial(load_bitsandbytes, first, kind, **options) for label, kind in kinds.items()},
     }
 
 
 def identities(folders: Mapping[str, Path], tell: OnProgress) -> dict[str, str]:
-    """``identity.model_sha256`` of every folder, by label."""
-    return {label: model_sha256(folder, partial(tell, f"hashing {label}")) for label, folder in folders.items()}
+    """``identity.model_sha256`` of every folder, by label; a folder under two labels is read once."""
+    found: dict[Path, str] = {}
+    for label, folder in folders.items():
+        if folder not in found:
+            found[folder] = model_sha256(folder, partial(tell, f"hashing {label}"))
+    return {label: found[folder] for label, folder in folders.items()}
 
 
 def tokenizers(folders: Mapping[str, Path]) -> dict[str, str]:

@@ -49,6 +49,7 @@ def model_rows(
     identities: Mapping[str, str],
     in_memory: Mapping[str, str] | None = None,
     sizes: Mapping[str, int] | None = None,
+    rounded: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[ModelRow, ...]:
     """One row per model, the baseline first.
 
@@ -63,6 +64,7 @@ def model_rows(
         identities: label -> ``identity.model_sha256``.
         in_memory: label -> how the baseline was quantized while it was loaded, for rows that have no folder.
         sizes: label -> bytes that the weights of such a row would take in a file.
+        rounded: label -> ``activation_bits`` or ``head_bits``, where something was rounded in memory.
     """
     first = next(iter(folders.values()))
     parameters = sum(math.prod(entry.spec.shape) for entry in CheckpointReader(first).entries.values())
@@ -71,6 +73,7 @@ def model_rows(
     for label, folder in {**folders, **dict.fromkeys(kinds, first)}.items():
         stored = label in folders
         own: Mapping[str, Any] = keys[label] if stored else _BITSANDBYTES[kinds[label]]
+        in_memory_bits = (rounded or {}).get(label, {})
         size = weights_bytes(folder) if stored else (sizes or {}).get(label)
         scored, used, timed = (found.get(label) if found else None for found in (accuracy, memory, speeds))
         row = ModelRow(
@@ -83,6 +86,8 @@ def model_rows(
             method=kinds.get(label) or (own.get("meta") or {}).get("method") or own.get("quant_method"),
             bits=own.get("bits"),
             group_size=own.get("group_size"),
+            activation_bits=in_memory_bits.get("activation_bits"),
+            head_bits=in_memory_bits.get("head_bits"),
             checkpoint_dtype=str(dtypes[label]).removeprefix("torch.") if stored else rows[0].checkpoint_dtype,
             weights_bytes=size,
             folder_bytes=folder_bytes(folder) if stored else None,

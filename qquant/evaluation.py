@@ -49,6 +49,8 @@ def evaluate_checkpoints(
     answers: int = 0,
     answer_tokens: int = 64,
     bitsandbytes: Sequence[str] = (),
+    activation_bits: int | None = None,
+    head_bits: int | None = None,
     journal: Path | None = None,
     resume: bool = False,
     command: str = "evaluate_checkpoints() from Python",
@@ -75,6 +77,8 @@ def evaluate_checkpoints(
         answers: prompts from the text that every model goes on with, greedily, for a look at the difference.
         answer_tokens: tokens of each such answer.
         bitsandbytes: "nf4", "llm-int8": the baseline once more as bitsandbytes loads it.
+        activation_bits: 8: every quantized candidate once more, with the inputs of its packed linears in 8 bits.
+        head_bits: 8: every quantized candidate once more, with its output projection in 8 bits.
         journal: file that keeps the scores of every finished window, see ``journal.Journal``; the caller removes it.
         resume: go on with that file. What else is measured is measured again.
         command: what the report says it was made by.
@@ -88,7 +92,15 @@ def evaluate_checkpoints(
     from qquant.baselines import unlisted_bytes_of, weights_bytes_of
     from qquant.checkpoint import LOG_NAME
     from qquant.eval_inputs import prompt_length, read_inputs, refuse_below_one, stored_dtype
-    from qquant.eval_models import bitsandbytes_labels, fits, identities, loaders, rows, tokenizers
+    from qquant.eval_models import (
+        bitsandbytes_labels,
+        fits,
+        identities,
+        loaders,
+        rows,
+        tokenizers,
+        with_rounded,
+    )
     from qquant.eval_record import finished_result, layer_errors
     from qquant.journal import kept
     from qquant.kv_accuracy import measure_kv_cache
@@ -118,7 +130,9 @@ def evaluate_checkpoints(
     )
     prompts = cut_prompts(ids, count=answers, prompt_tokens=prompt_tokens) if answers else ()
     kinds = bitsandbytes_labels(folders, bitsandbytes)
-    loading, hashes = loaders(folders, kinds, compute, where), identities(folders, on_progress)
+    wishes = {"activation_bits": activation_bits, "head_bits": head_bits}
+    folders, rounded = with_rounded(folders, compute, where, **wishes)
+    loading, hashes = loaders(folders, kinds, compute, where, rounded), identities(folders, on_progress)
     run = {"measure": "accuracy", "models": [*loading], "sha256": hashes, "text": digest, "tokens": len(ids)}
     run |= {"seq_len": seq_len, "stride": stride, "dtype": str(compute), "device": where.type, "threads": threads}
     run |= {"tokenizers": tokenizers(folders)}
@@ -144,8 +158,9 @@ def evaluate_checkpoints(
         if kv_cache:
             options: dict[str, Any] = {"window": seq_len, "max_tokens": kv_tokens, "seed": seed}
             cost = measure_kv_cache(models, ids, where, **options, tell=on_progress)
-    errors = {label: layer_errors(folder / LOG_NAME) for label, folder in folders.items()}
+    errors = {label: layer_errors(folder / LOG_NAME) for label, folder in folders.items() if label not in rounded}
     measured: dict[str, Any] = {"accuracy": found, "memory": memory, "speeds": timed, "layer_errors": errors}
+    measured |= {"rounded": rounded}
     table = rows(folders, identities=hashes, in_memory=kinds, sizes=sizes, **measured)
     text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), window_tokens=seq_len, stride_tokens=stride)
     facts: dict[str, Any] = {"data": text, "seed": seed, "command": command}

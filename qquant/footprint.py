@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from qquant.errors import UsageError
+from qquant.linear_kernels import Implementation, Place, steps_of
 from qquant.plan_report import Runtime
 from qquant.records import Footprint, KVKind, Precision
 from qquant.stored_bytes import BITS as BITS
 from qquant.stored_bytes import ELEMENT_BYTES as ELEMENT_BYTES
-from qquant.stored_bytes import RESERVE_AHEAD, layer_bytes
+from qquant.stored_bytes import RESERVE_AHEAD, held_bytes, layer_bytes
 from qquant.stored_bytes import CacheShape as CacheShape
 from qquant.stored_bytes import LinearShape as LinearShape
 from qquant.stored_bytes import ModelShapes as ModelShapes
@@ -23,15 +26,17 @@ from qquant.stored_bytes import weights_bytes as weights_bytes
 
 CPU_PROMPT_BYTES, CPU_STEP_BYTES = 16_000_000, 4_000_000
 """What a CPU process holds beside tensors once the prompt has passed, and what the first decoding step adds: code of
-torch and oneDNN that is paged in when it first runs, compiled kernels, stacks of threads. These six were measured, not
-derived: resident set less model, cache and activations of the reference model, 11 MB, in the cells of docs/plan.md
+torch and oneDNN that is paged in when it first runs, compiled kernels, stacks of threads. These seven were measured,
+not derived: resident set less model, cache and activations of the reference model, 11 MB, in the cells of docs/plan.md
 (torch 2.13, one thread). Beside a model of 500 MB they are less than 5 %."""
-CPU_CACHE_BYTES, CPU_PACKED_BYTES = 3_000_000, 2_000_000
-"""The same for the Int8 cache's operators, and for packed linears."""
+CPU_KERNELS_BYTES, CPU_KERNELS_STEP_BYTES = 11_500_000, 500_000
+"""The same for packed linears in bfloat16, whose products and norms are our own."""
 CPU_PRODUCT_BYTES = 5_000_000
-"""Of the first for oneDNN's products in 16 bits: a model does without whose linears all go through the Int4 kernel."""
+"""On top of those two for oneDNN, which such a model needs once its output projection goes to torch."""
+CPU_CACHE_BYTES = 3_000_000
+"""On top of all of these for the Int8 cache's operators."""
 CPU_FLOAT32_BYTES = 8_000_000
-"""Instead of the first two for a model that computes in float32, for which torch does not need oneDNN."""
+"""Instead of all but that for a model that computes in float32, packed or not: torch does not need oneDNN for it."""
 CPU_QUANTIZING_BYTES = 50_000_000
 """Tokenizer, calibration samples and code that is paged in while a checkpoint is made. Measured: docs/plan.md."""
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
@@ -39,9 +44,14 @@ CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 CUDA_CONTEXT_BYTES = 2**29
 """What a CUDA process takes on a card outside torch's allocator: context and loaded kernels. Read off nvidia-smi, about
 0.5 GiB with torch 2; not part of any peak here."""
-INT4_KERNEL_ROWS = 128
-"""Rows up to which ``linear.QuantLinear`` uses torch's packed Int4 kernel on a CPU with AVX-512."""
-_INT4_KERNEL_GROUPS = (32, 64, 128, 256)
+PLACES = {
+    "cpu": Place("cpu", "avx512_bf16", "avx512", ""),
+    "cuda": Place("cuda", "sm_80", "sm_80", ""),
+}
+"""Where runs are predicted for, as the table of linear_kernels.py names places: our kernels are built."""
+DENSE_KERNEL_TOKENS = 8
+"""Tokens up to which the output projection of a packed model needs no product of torch: dense_linear.MAX_TOKENS."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 KV_TABLES_REST_BYTES = 6 * 2**30 // 10
 """Fitted, origin unknown: the median of what Qwen's two KV cache tables show beyond weights and two caches, 0.6 GiB.
@@ -83,7 +93,7 @@ def footprint(
         batch: sequences generated together, all of one length.
         prompt_tokens: per sequence.
         new_tokens: per sequence, at least 1.
-        device: where it runs; "cpu" is one with AVX-512, where Int4 linears keep a second copy for their kernel.
+        device: where it runs, see ``PLACES``.
         runtime: ours, or the original code of 2023 on a card.
         group_size: of packed linears.
         compute_dtype: of activations and of whatever is not packed.
@@ -123,39 +133,42 @@ class _Run:
         return ELEMENT_BYTES[self.compute_dtype]
 
     def footprint(self) -> Footprint:
-        weights = weights_bytes(self.shapes, self.precision, group_size=self.group_size, element_bytes=self.element)
-        copies = self._kernel_copies()
+        weights = held_bytes(self.shapes, self.precision, group_size=self.group_size, element_bytes=self.element)
         first, last = self._cache(1), self._cache(self.new_tokens)
-        early = self.batch * self.prompt_tokens <= INT4_KERNEL_ROWS  # the kernel's copies are made in the prompt's pass
-        held = copies if early else 0
-        code, later = self._code(), CPU_STEP_BYTES if self.device == "cpu" and self.element == 2 else 0
-        # (copies of weights, cache, activations, code) at each moment that can be the peak.
-        found = [(held, first, self._prompt(), code), (held, first, self._head(), code)]
+        passing, projecting, stepping = self._code()
+        # (cache, activations, code) at each moment that can be the peak.
+        found = [(first, self._prompt(), passing), (first, self._head(), projecting)]
         if self.new_tokens > 1:
-            found.append((copies, last, self._decoding(), code + later))
-        if copies and (early or self.new_tokens > 1):
-            found.append((copies, first, self._converting(), code + (0 if early else later)))
-        copied, cache, activations, overhead = max(found, key=sum)
+            found.append((last, self._decoding(), stepping))
+        cache, activations, overhead = max(found, key=sum)
         return Footprint(
-            weights_bytes=weights + copied,
+            weights_bytes=weights,
             cache_bytes=cache,
             activations_bytes=activations,
             overhead_bytes=overhead,
-            peak_bytes=weights + copied + cache + activations + overhead,
+            peak_bytes=weights + cache + activations + overhead,
         )
 
-    def _code(self) -> int:
-        """What is neither weights nor cache nor activations: of libraries on a CPU, cuBLAS's on a card."""
+    def _code(self) -> tuple[int, int, int]:
+        """What is neither weights nor cache nor activations, at the three moments: code on a CPU, cuBLAS's on a card.
+
+        What was paged in stays.
+        """
         if self.device == "cuda":
-            return CUBLAS_WORKSPACE_BYTES
-        found = CPU_PROMPT_BYTES if self.element == 2 else CPU_FLOAT32_BYTES
-        if self.kv_cache in BITS:
-            found += CPU_CACHE_BYTES
-        if self.precision in BITS:
-            found += CPU_PACKED_BYTES
-        if self._kernel_copies() and self.batch * self.prompt_tokens <= INT4_KERNEL_ROWS:
-            found -= CPU_PRODUCT_BYTES
-        return found
+            return (CUBLAS_WORKSPACE_BYTES,) * 3
+        beside = CPU_CACHE_BYTES if self.kv_cache in BITS else 0
+        if self.element == 4:
+            return (CPU_FLOAT32_BYTES + beside,) * 3
+        if not self._our_kernels():
+            code = CPU_PROMPT_BYTES + beside
+            return code, code, code + CPU_STEP_BYTES
+        code = CPU_KERNELS_BYTES + beside
+        projecting = code + (CPU_PRODUCT_BYTES if self.batch > DENSE_KERNEL_TOKENS else 0)
+        return code, projecting, projecting + CPU_KERNELS_STEP_BYTES
+
+    def _our_kernels(self) -> bool:
+        """Whether model_kernels.py also replaces norms, decoding attention and output projection."""
+        return self.precision in BITS and self.device == "cpu" and self.compute_dtype == "bf16"
 
     def _cache(self, new_tokens: int) -> int:
         reserve = self.prompt_tokens + self.new_tokens - 1
@@ -177,62 +190,54 @@ class _Run:
         widths = [
             # apply_rotary_pos_emb: product, rotated half and its product beside what there is; keys after queries.
             attending + max(3 * queries, queries + 3 * keys),
-            # RMSNorm: the float32 copy, its square.
-            3 * hidden + 2 * single * hidden,
             # act(gate(x)) * up(x): both factors and the product, beside residual and normed input.
             4 * hidden + 3 * inner,
         ]
-        if shapes.query_norms:
-            widths.append(3 * hidden + queries + 2 * single * queries)
+        if not self._our_kernels():
+            # RMSNorm: the float32 copy, its square. rms_norm.py makes neither.
+            widths.append(3 * hidden + 2 * single * hidden)
+            if shapes.query_norms:
+                widths.append(3 * hidden + queries + 2 * single * queries)
         if self.kv_cache in BITS:
             # Int8Layer._easy_to_quantize: the keys in float32, and those less their mean.
             widths.append(attending + 2 * single * keys)
-        peak = rows * self.element * max(widths)
-        if self._dequantizes(rows):
-            made = (rows * self.element * self._beside(x, inner) + self._dequantized(x) for x in self._kinds())
-            peak = max(peak, *made)
-        return peak
+        return max(rows * self.element * max(widths), self._multiplying(rows, attending, inner))
 
-    def _beside(self, linear: LinearShape, inner: int) -> int:
-        """Width of what is alive while a linear is made from its codes."""
+    def _multiplying(self, rows: int, attending: int, inner: int) -> int:
+        """The widest point of the prompt's packed linears, the last block's residual and normed input beside them."""
+        if self.precision not in BITS:
+            return 0
         hidden = self.shapes.hidden
-        return 4 * hidden + inner if inner in (linear.inputs, linear.outputs) else 3 * hidden
+        if self._dequantizes(rows):
+            # QuantLinear._dense, siblings one after the other: gate, up and its weight; or the MLP's tail and its own.
+            def beside(linear: LinearShape) -> int:
+                if inner in (linear.inputs, linear.outputs):
+                    return 4 * hidden + 2 * inner
+                return max(attending, 3 * hidden + linear.outputs)
 
-    def _kinds(self) -> set[LinearShape]:
-        """Linears that differ in shape."""
-        return {
-            LinearShape(name="", inputs=x.inputs, outputs=x.outputs, bias=False, tail=False)
-            for x in self.shapes.linears
-        }
+            made = ((beside(x), self._dequantized(x)) for x in self.shapes.linears)
+            return max(rows * self.element * width + weight for width, weight in made)
+        # csrc/linear_ops.cpp: results of all siblings, and the input once more as digits or, for tiles, rearranged.
+        encoded = 3 if self.element == 4 else 2
+        sets = ((inputs, outputs + (0 if inputs == hidden else inputs)) for inputs, outputs in self.shapes.stages)
+        return rows * max(self.element * (4 * hidden + width) + encoded * inputs for inputs, width in sets)
 
     def _dequantizes(self, rows: int) -> bool:
-        return self.precision in BITS and (self._kernel_copies() == 0 or rows > INT4_KERNEL_ROWS)
+        """Whether the table of linear_kernels.py has packed linears brought to the compute dtype for so many tokens."""
+        if self.precision not in BITS:
+            return False
+        steps = steps_of(PLACES[self.device], dtype=_DTYPES[self.compute_dtype], bits=BITS[self.precision])
+        return next(step for step in steps if rows <= step.tokens).implementation is Implementation.DENSE
 
     def _dequantized(self, linear: LinearShape) -> int:
-        """``packing.dequantize``: float32 beside the codes, a byte each, or beside the copy in the compute dtype."""
-        return linear.weights * (4 + max(1, self.element if self.element < 4 else 0))
-
-    def _kernel_copies(self) -> int:
-        """``QuantLinear._int4pack_forward``: half a byte per weight, and two bfloat16 per group, kept for ever."""
-        applies = (
-            self.device == "cpu"
-            and self.precision == "int4"
-            and self.compute_dtype == "bf16"
-            and self.group_size in _INT4_KERNEL_GROUPS
-        )
-        if not applies:
-            return 0
-        return sum(x.weights // 2 + 4 * -(-x.inputs // self.group_size) * x.outputs for x in self.shapes.linears)
-
-    def _converting(self) -> int:
-        """The same's widest point: the codes as int32, twice, before they are packed for the kernel."""
-        return 8 * max(linear.weights for linear in self.shapes.linears)
+        """``panel_weights``: one linear in the compute dtype, made from its words without anything between."""
+        return linear.weights * self.element
 
     def _head(self) -> int:
         """Logits of the last position, and their float32 copy in ``generate``.
 
         Parameters that require gradients, as from_pretrained loads them, are taken for granted. Without, torch's matmul
-        on a CPU would copy the output projection for every sequence: see docs/plan.md.
+        on a CPU would copy the output projection of a plain model for every sequence: see docs/plan.md.
         """
         logits = self.batch * self.shapes.vocabulary * (self.element + 4)
         return logits + 2 * self.batch * self.prompt_tokens * self.shapes.hidden * self.element

@@ -116,6 +116,7 @@ def quantize_checkpoint(
 
         source.load_outside(with_head=True)
         walked = head(source, stream.hidden[0], device)
+        source.release_outside()
         del stream
         check_logits(_logits_of(reopen(staging, dtype=source.dtype, device=device), chosen[0], device), walked)
         log = QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
@@ -152,6 +153,7 @@ def quantize_model(
     from qquant.checkpoint import attach_quantization, refuse_unpackable_model
     from qquant.config import QuantizeLog
     from qquant.linear import QuantLinear
+    from qquant.model_kernels import attach_kernels
     from qquant.sources import LoadedModel
     from qquant.walk import Walk
 
@@ -170,9 +172,9 @@ def quantize_model(
     walk = Walk(source, config, keep, on_module or (lambda record: None))
     walk.run(capture(source, chosen, model.device))
     for name, layer in replacements.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        model.set_submodule(name, layer)
     attach_quantization(model, config, list(replacements), walk.skipped)
+    attach_kernels(model)
     return QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
 
 
@@ -339,7 +341,7 @@ def _read_samples(
     n_samples: int,
     seq_len: int,
     seed: int,
-    packing: str,
+    packing: Any,  # checked by load_samples
 ) -> list[Sample] | None:
     from qquant.calibrate import check_tokenizer, load_samples
     from qquant.errors import UsageError
@@ -355,8 +357,7 @@ def _read_samples(
         warning = check_tokenizer(tokenizer, place)
     if warning:
         _log.warning("%s", warning)
-    options: Any = {"packing": packing}
-    return load_samples(data, tokenizer, n_samples=n_samples, seq_len=seq_len, seed=seed, **options)
+    return load_samples(data, tokenizer, n_samples=n_samples, seq_len=seq_len, seed=seed, packing=packing)
 
 
 def _show_plan(folder: Path, adapter: Path | None, samples: list[Sample] | None, config: QuantizeConfig) -> None:

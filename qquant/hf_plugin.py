@@ -1,10 +1,10 @@
 """The transformers quantizer plug-in: swaps linears for QuantLinear while a GPTQ checkpoint is loaded.
 
-What a checkpoint's quantization keys mean to us is decided here, and so is what is refused: whatever would change the
-numbers and is not understood. Folders and files around it are checkpoint.py's.
+Whether tensors and keys belong together is decided here. Packed tensors are read here as well, one layer at a time:
+transformers would have all of them in memory before the first can be rearranged. What keys mean is gptq_keys.py's,
+folders and files are checkpoint.py's.
 """
 
-# ruff: noqa: SIM905 - a split string of words reads better than sixty quoted ones
 from __future__ import annotations
 
 import logging
@@ -12,83 +12,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qquant.config import ModuleOverride, QuantizeConfig
-from qquant.errors import BadModelError, UsageError
+from qquant.errors import BadModelError
+from qquant.gptq_keys import METHOD as METHOD
+from qquant.gptq_keys import GptqFileConfig as GptqFileConfig
+from qquant.gptq_keys import check_keys as check_keys
 from qquant.kv_cache_quant import enable_as_configured
-from qquant.linear import Kernel, QuantLinear
+from qquant.linear import QuantLinear
+from qquant.linear_kernels import Kernel
+from qquant.model_kernels import attach_kernels
 from qquant.models.qwen.modeling import register_qwen
 from qquant.packing import in_order, packable, unpack_zeros
-from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
+from qquant.shards import (
+    DTYPE_NAMES,
+    DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    CheckpointReader,
+    TensorSpec,
+    all_finite,
+    weight_files,
+)
 from qquant.sources import computed_by_model
 
 _log = logging.getLogger("qquant")
+_kernel_log = logging.getLogger("qquant.kernels")
+if _kernel_log.level == logging.NOTSET:
+    _kernel_log.setLevel(logging.INFO)  # shown unless somebody asks for less: see _say
 
-METHOD = "qquant"
-"""Our name in transformers' tables; files always say ``gptq``."""
-
-_VERSIONS = {"gptq": 1, "gptq_v2": 2}
-
-# Keys that record how a checkpoint was made, or how some reader should run it, and do not change what it holds.
-_PROVENANCE = frozenset(
-    "act_group_aware auto_round_version autoround_version backend batch_size block_name_to_quantize "
-    "cache_block_outputs damp_auto_increment damp_percent data_type dataset disable_exllama "
-    "enable_minmax_tuning enable_quanted_input exllama_config fallback foem gptaq "
-    "gradient_accumulate_steps hessian hyb_act is_marlin_format iters low_gpu_mem_usage lr "
-    "max_input_length max_length meta minmax_lr model_file_base_name model_name_or_path model_seqlen "
-    "module_name_preceding_first_block mse nsamples offload_to_disk pad_token_id pack_impl provider "
-    "quant_method method quantizer scale_dtype seqlen static_groups tokenizer true_sequential uri "
-    "use_cuda_fp16 use_exllama vram_strategy ".split()
-)
-_UNDERSTOOD = frozenset(
-    "bits group_size sym desc_act checkpoint_format format lm_head dynamic modules_in_block_to_quantize "
-    "pack_dtype".split()
-)
-
-
-@register_quantization_config(METHOD)
-class GptqFileConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a GPTQ checkpoint, kept as it was found so that saving writes the same keys."""
-
-    def __init__(self, kernel: Kernel = "auto", **keys: Any) -> None:
-        """Check the keys; raises BadModelError naming the one that is not understood."""
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.kernel = kernel
-        self.keys = {**keys, "quant_method": "gptq"}
-        check_keys(self.keys)
-        self._settings = _settings(self.keys)
-
-    @property
-    def version(self) -> int:
-        """1 if qzeros hold ``zero - 1``, 2 if they hold ``zero``."""
-        return _VERSIONS[self.keys.get("checkpoint_format") or self.keys.get("format") or "gptq"]
-
-    def for_module(self, name: str) -> QuantizeConfig:
-        """Bits, group size, symmetry and act-order of a module by its name, rules included."""
-        return self._settings.for_module(name) or self._settings
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is written into config.json: the keys every GPTQ reader knows."""
-        return dict(self.keys)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The same; there are no defaults to leave out."""
-        return self.to_dict()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Build from config.json's dict."""
-        config = cls(**{key: value for key, value in config_dict.items() if key != "quant_method"})
-        return (config, kwargs) if return_unused_kwargs else config
+_STREAMED = ("qweight", "qzeros", "scales")
+"""What we read ourselves. The rest of a layer is small, and where transformers puts it says where the layer goes."""
+_MAY_MISS, _MAY_HOLD = "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"
+"""Patterns of a model: tensors that a checkpoint may leave out, and those that it may hold and the model has not."""
 
 
 @register_quantizer(METHOD)
@@ -98,19 +56,68 @@ class GptqLoader(HfQuantizer):
     requires_calibration = False
     quantization_config: GptqFileConfig
 
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        """Nothing is looked at yet."""
+        super().__init__(quantization_config, **options)
+        self._model: Any = None
+        self._reader: Any = None
+        self._ignored: dict[str, Any] = {}
+        self._left_out: dict[str, Tensor] = {}
+        self._aside: dict[str, dict[str, Tensor]] = {}
+
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
     ) -> None:
-        reader = CheckpointReader(_folder_of(checkpoint_files or [], model))
-        self._filled = swap_linears(model, reader, self.quantization_config)
+        self._reader = CheckpointReader(_folder_of(checkpoint_files or [], model))
+        self._left_out = swap_linears(model, self._reader, self.quantization_config)
+        self._model = model
+        if not isinstance(device_map, str):
+            self._set_aside(device_map)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Called once more when "auto" has become a map: before that, the sizes of the packed tensors were needed."""
+        if self._model is not None:
+            self._set_aside(device_map)
+
+    def _set_aside(self, device_map: Any) -> None:
+        """Hide from transformers what we read ourselves: it loads, reports and moves what a state dict names."""
+        model, self._model = self._model, None
+        self._ignored = {name: getattr(model, name) for name in (_MAY_MISS, _MAY_HOLD)}
+        setattr(model, _MAY_MISS, {*(self._ignored[_MAY_MISS] or ()), r"\.g_idx$"})
+        if _offloads(device_map):
+            return  # what is taken from the disk or another device at every use stays as it is stored
+        for name, layer in _packed_layers(model):
+            self._aside[name] = {part: layer.get_buffer(part) for part in _STREAMED}
+            for part in _STREAMED:
+                setattr(layer, part, None)
+        ours = r"\.(" + "|".join(_STREAMED) + ")$"
+        setattr(model, _MAY_HOLD, {*(self._ignored[_MAY_HOLD] or ()), ours})
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        for name, tensor in self._filled.items():
-            path, _dot, leaf = name.rpartition(".")
-            layer = model.get_submodule(path)
-            setattr(layer, leaf, tensor.to(layer.qweight.device))
+        for name, patterns in self._ignored.items():
+            setattr(model, name, patterns)
+        for name, tensor in self._left_out.items():
+            layer = model.get_submodule(name.removesuffix(".g_idx"))
+            layer.g_idx = tensor.to(layer.g_idx.device)
+        streamed = bool(self._aside)
+        for name, layer in _packed_layers(model):
+            for part, empty in self._aside.get(name, {}).items():
+                setattr(layer, part, empty)
+            if not streamed and layer.qweight.is_meta:
+                layer.kernel = Kernel.REFERENCE  # fetched from elsewhere at every use, as it is stored
+        if streamed:
+            _leave_files(model, self._reader)
         check_values(model)
+        _say(attach_kernels(model, self._fill if streamed else None))
+        assert not self._aside, f"never read: {sorted(self._aside)}"
+        self._reader, self._left_out = None, {}
         enable_as_configured(model)
+
+    def _fill(self, name: str, layer: QuantLinear) -> None:
+        """Read what was set aside of one layer to where the rest of it is, and check it."""
+        for part in self._aside.pop(name):
+            setattr(layer, part, self._reader.read(f"{name}.{part}").to(layer.g_idx.device))
+        check_layer(name, layer)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one hook that sees the config before files are looked up: names AutoGPTQ's file to transformers.
@@ -141,50 +148,6 @@ def register() -> None:
     """
     register_qwen()
     AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GptqFileConfig
-
-
-def check_keys(keys: Mapping[str, Any]) -> None:
-    """Refuse, by name, quantization keys that would change the numbers and are not understood."""
-    method = keys.get("quant_method", "gptq")
-    if method not in ("gptq", METHOD):
-        raise BadModelError(f"quant_method must be gptq to be read here, got {method!r}")
-    if keys.get("is_marlin_format"):
-        raise BadModelError("is_marlin_format: weights in Marlin's own layout are not read; use the plain GPTQ files")
-    tags = {str(keys[key]) for key in ("checkpoint_format", "format") if keys.get(key)}
-    if len(tags) > 1 or not tags <= _VERSIONS.keys():
-        raise BadModelError(f"checkpoint_format must be one of {sorted(_VERSIONS)}, got {' and '.join(sorted(tags))}")
-    if keys.get("pack_dtype", "int32") != "int32":
-        raise BadModelError(f"pack_dtype must be int32, got {keys['pack_dtype']!r}")
-    _settings(keys)
-    for key, value in keys.items():
-        if key not in _PROVENANCE | _UNDERSTOOD and value not in (None, False, {}, [], ""):
-            raise BadModelError(
-                f"quantization key {key!r} ({str(value)[:60]!r}) is not understood and might change the numbers; "
-                "remove it from config.json if it only records how the checkpoint was made"
-            )
-
-
-def _settings(keys: Mapping[str, Any]) -> QuantizeConfig:
-    """The keys that say how tensors are laid out, with the defaults that AutoGPTQ gave them."""
-    dynamic = keys.get("dynamic") or {}
-    if not isinstance(dynamic, dict) or not all(isinstance(changes or {}, dict) for changes in dynamic.values()):
-        raise BadModelError(f"dynamic must map patterns to changed settings, got {str(dynamic)[:60]}")
-    rules = {}
-    for pattern, changes in dynamic.items():
-        unknown = (changes or {}).keys() - ModuleOverride.model_fields.keys() - _PROVENANCE
-        if unknown:
-            raise BadModelError(f"dynamic rule key {min(unknown)!r} is not understood and might change the numbers")
-        # GPTQModel also takes a pattern without a sign for one that changes settings.
-        sign = "" if pattern[:2] in ("-:", "+:") else "+:"
-        rules[sign + pattern] = {key: changes[key] for key in (changes or {}) if key in ModuleOverride.model_fields}
-    defaults = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    try:
-        return QuantizeConfig.from_dict(
-            {key: keys.get(key, default) for key, default in defaults.items()}
-            | {"act_group_aware": False, "dynamic": rules}
-        )
-    except UsageError as error:
-        raise BadModelError(f"the quantization keys make no sense: {error}") from error
 
 
 def _folder_of(checkpoint_files: list[str], model: Any) -> Path:
@@ -263,6 +226,7 @@ def _empty_layer(name: str, linear: nn.Linear, reader: CheckpointReader, config:
         bias=DTYPES[bias.spec.dtype] if bias else None,
         scales_dtype=DTYPES[scales.dtype],
         kernel=config.kernel,
+        activation_bits=config.activation_bits,
         device="meta",
     )
     if not all(layer.get_buffer(part).is_floating_point() for part in ("scales", "bias") if part in layer.state_dict()):
@@ -325,14 +289,83 @@ def _stored_version(reader: CheckpointReader, names: list[str], config: GptqFile
 def check_values(model: nn.Module) -> None:
     """Refuse loaded tensors that would give nonsense without an error: numbers not finite, groups that are not there.
 
+    Packed layers are checked as far as their tensors are here and as the checkpoint stores them.
+
     Raises:
         BadModelError: naming the tensor.
     """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise BadModelError(f"weights must be finite, {name} holds NaN or Inf")
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear) and not layer.g_idx.is_meta:
-            low, high = (int(end) for end in layer.g_idx.aminmax())
-            if low < 0 or high >= layer.scales.shape[0]:
-                raise BadModelError(f"{name}.g_idx must name groups 0..{layer.scales.shape[0] - 1}, got {low}..{high}")
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            check_layer(path, module)
+            continue
+        for leaf, tensor in _saved(module).items():
+            _check_finite(f"{path}.{leaf}", tensor)
+
+
+def check_layer(name: str, layer: QuantLinear) -> None:
+    """The same for one packed layer."""
+    here = _saved(layer)
+    for part, tensor in here.items():
+        _check_finite(f"{name}.{part}", tensor)
+    if "scales" in here and "g_idx" in here and not here["g_idx"].is_meta:
+        groups = here["scales"].shape[0]
+        low, high = (int(end) for end in here["g_idx"].aminmax())
+        if low < 0 or high >= groups:
+            raise BadModelError(f"{name}.g_idx must name groups 0..{groups - 1}, got {low}..{high}")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor):
+        raise BadModelError(f"weights must be finite, {name} holds NaN or Inf")
+
+
+def _saved(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers, those left out that no checkpoint holds."""
+    unsaved = module._non_persistent_buffers_set
+    tensors = {**module._parameters, **module._buffers}
+    return {leaf: tensor for leaf, tensor in tensors.items() if tensor is not None and leaf not in unsaved}
+
+
+def _packed_layers(model: nn.Module) -> list[tuple[str, QuantLinear]]:
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLinear)]
+
+
+def _offloads(device_map: Any) -> bool:
+    """Whether a map leaves weights where they are not used, to be fetched at every use."""
+    places = {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set()
+    return "disk" in places or ("cpu" in places and len(places) > 1)
+
+
+def _leave_files(model: Any, reader: CheckpointReader) -> None:
+    """Give every tensor that is still a view of a mapped file memory of its own.
+
+    transformers does not copy what needs no cast. Any such view, however small, keeps in memory all pages of its file
+    that were read for a cast, and what happens to the file happens to the model.
+    """
+    if model._weight_conversions:
+        return  # names or values in the file are not those in the model
+    for path, module in model.named_modules():
+        for leaf, tensor in _saved(module).items():
+            entry = reader.entries.get(f"{path}.{leaf}")
+            spec = TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            if entry is not None and entry.spec == spec and tensor.device.type == "cpu":
+                own = reader.read(f"{path}.{leaf}")
+                if leaf in module._buffers:
+                    setattr(module, leaf, own)  # a buffer is a view of a tensor, and would keep that
+                else:
+                    tensor.data = own  # the very parameter stays, as others may be tied to it
+
+
+def _say(lines: list[str]) -> None:
+    """Log lines that a user is to see. Where nothing shows logs, as in a plain script, they go to stderr.
+
+    ``logging.getLogger("qquant.kernels").setLevel("WARNING")`` silences them.
+    """
+    shown = logging.StreamHandler()
+    silent = not _kernel_log.hasHandlers()
+    if silent:
+        _kernel_log.addHandler(shown)
+    for line in lines:
+        _kernel_log.info("%s", line)
+    if silent:
+        _kernel_log.removeHandler(shown)

@@ -1,7 +1,8 @@
 """Attention over a quantized cache, as an attention implementation of transformers with the mask that belongs to it.
 
-An implementation is named ``qquant_<base>``. It takes keys and values that are still integers itself and hands
-everything else - prefill, other caches - to the base (``sdpa``, ``flash_attention_2``, ...), exact and unchanged.
+An implementation is named ``qquant_<base>``. It takes keys and values that are still integers itself, and one token
+over bfloat16 ones on a CPU by plain_attention.py; everything else - prefill, other caches - it hands to the base
+(``sdpa``, ``flash_attention_2``, ...), exact and unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qquant import kv_ops
+from qquant import kv_ops, plain_attention
 from qquant.kv_ops import KVBits
 
 _log = logging.getLogger("qquant")
@@ -154,6 +155,24 @@ def release(config: Any) -> None:
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
 
+def use_decode_kernel(model: torch.nn.Module) -> list[str]:
+    """Let a bfloat16 model on a CPU attend by ``plain_attention`` when it takes one token per sequence, in place.
+
+    Args:
+        model: of transformers, with its config.
+
+    Returns:
+        Lines to print: what attends, or why that stays torch; none where the kernel could not serve the model.
+    """
+    first = next(model.parameters(), None)
+    if first is None or first.device.type != "cpu" or first.dtype != torch.bfloat16:
+        return []
+    config: Any = model.config
+    if not plain_attention.kernel_is_live() or not adopt(config.get_text_config(decoder=True)):
+        return []
+    return ["attention (bfloat16): decode_attention for 1 token, torch for more"]
+
+
 def takes_integers(config: Any) -> bool:
     """Whether the model of this config runs our attention now."""
     return (config._attn_implementation or "").startswith(PREFIX)
@@ -172,9 +191,13 @@ def _register(base: str) -> None:
             fused: tuple[Tensor, None] = _attend(module, query, key, value, attention_mask, base, options)
             return fused
         # A model that rebuilt one of the two from pieces gets plain tensors for both.
-        plain = [states._as_tensor() if isinstance(states, QuantizedStates) else states for states in (key, value)]
+        keys, values = (
+            states._as_tensor() if isinstance(states, QuantizedStates) else states for states in (key, value)
+        )
+        if plain_attention.serves(query, keys, values, attention_mask, options):
+            return plain_attention.attend(query, keys, values, attention_mask, options)
         result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[base](
-            module, query, *plain, attention_mask, **options
+            module, query, keys, values, attention_mask, **options
         )
         return result
 

@@ -35,6 +35,8 @@ class _Switched:
 
     options: dict[str, Any]
     factors: Factors
+    attended_by_us: bool
+    """Already before: model_kernels.py puts our attention into quantized models."""
     use_cache_quantization: Any
     use_cache_kernel: Any
 
@@ -236,12 +238,14 @@ def enable_kv_quant(
         "value_bits": value_bits,
         "exact_prefill": scheme == "token",
     }
+    earlier: _Switched | None = getattr(model, _STATE, None)
+    attended_by_us = kv_attention.takes_integers(config) if earlier is None else earlier.attended_by_us
     # Refuses here, not in the middle of a generation, what cannot be cached, and before anything is changed.
     Int8KVCache(model.config, **options)
     disable_kv_quant(model)
     kv_attention.adopt(config)
     factors = fold_keys(model, config, samples) if key_transform == "fold" else {}
-    state = _Switched(options, factors, *(getattr(model.config, flag, None) for flag in _FLAGS))
+    state = _Switched(options, factors, attended_by_us, *(getattr(model.config, flag, None) for flag in _FLAGS))
     setattr(model, _STATE, state)
     model.config.use_cache_quantization = True
     model.config.use_cache_kernel = use_cache_kernel
@@ -257,7 +261,8 @@ def disable_kv_quant(model: PreTrainedModel) -> PreTrainedModel:
         return model
     config = model.config.get_text_config(decoder=True)
     unfold_keys(model, config, state.factors)
-    kv_attention.release(config)
+    if not state.attended_by_us:
+        kv_attention.release(config)
     for flag in _FLAGS:
         before = getattr(state, flag)
         if before is None:

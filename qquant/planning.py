@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 
@@ -33,12 +33,12 @@ from qquant.random_models import config_from_dict
 from qquant.records import KVKind, Precision
 from qquant.results import ModelRow, Result
 from qquant.shapes import find_config, model_shapes
-from qquant.stored_bytes import refuse_beyond_counting, refuse_uneven_groups, uncut
+from qquant.stored_bytes import held_bytes, refuse_beyond_counting, refuse_uneven_groups, stage_bytes, uncut
 
 RANKS = (1, 2, 4, 8)
 """Cards that a model is commonly cut over."""
 CPU_PROCESS_BYTES = 370_000_000
-"""What a process holds once torch, transformers and this package are imported. Measured: 371 MB of resident memory
+"""What a process holds once torch, transformers and this package are imported. Measured: 373 MB of resident memory
 before the model, on the runs of docs/plan.md."""
 _MOST = 1 << 24
 """Where the search for the largest batch or context ends."""
@@ -277,11 +277,17 @@ def _cell(
 
 
 def _loading(shapes: ModelShapes, question: Question, precision: Precision, element: int) -> int:
-    """The tensors, and one as it was stored beside what it becomes; the original code: both embeddings twice."""
-    weights = weights_bytes(shapes, precision, group_size=question.group_size, element_bytes=element)
+    """The tensors, and what is beside what it becomes; the original code: both embeddings twice.
+
+    Packed linears are read and rearranged one set of siblings at a time, ``model_kernels.attach_kernels``, when all
+    else is there; of a plain model it is the largest tensor.
+    """
+    sizes: dict[str, Any] = {"group_size": question.group_size}
     if question.runtime == "qwen-2023":
+        weights = weights_bytes(shapes, precision, **sizes, element_bytes=element)
         return weights + (2 * shapes.embedding_parameters if precision in BITS else 0)
-    return weights + shapes.largest_tensor * element
+    beside = stage_bytes(shapes, precision, **sizes) if precision in BITS else shapes.largest_tensor * element
+    return held_bytes(shapes, precision, **sizes, element_bytes=element) + beside
 
 
 def _limits(shapes: ModelShapes, question: Question) -> list[PlanLimit]:

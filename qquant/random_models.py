@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qquant.errors import BadModelError, UsageError
 from qquant.linear import QuantLinear
+from qquant.model_kernels import attach_kernels
 from qquant.models.layouts import block_list, find_layout, linears
 from qquant.packing import in_order, packable
 from qquant.records import Precision
@@ -42,8 +43,9 @@ def random_model(
 ) -> PreTrainedModel:
     """A model of a configuration whose weights are random.
 
-    All tensors are asked for before the first is filled, so that a model that is too large fails at once and not after
-    minutes. With int8 and int4 the linears of the blocks are packed from the start: the model never exists unpacked.
+    Memory is asked for before the first tensor is filled, so that a model that is too large fails at once and not after
+    minutes. With int8 and int4 the linears of the blocks are packed from the start, in the form that the kernels of
+    this machine read: the model never exists unpacked, nor twice.
 
     Args:
         config: of a causal language model. Its dtype is ignored.
@@ -67,12 +69,18 @@ def random_model(
         )
     model: Any = skeleton(config, Path(config.model_type), dtype)
     if precision in BITS:
-        _pack(model, config.model_type, BITS[precision], group_size, dtype, device)
+        _pack(model, config.model_type, BITS[precision], group_size, dtype)
     _allocate(model, device)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             _fill(module, generator)
+
+    def fill(_: str, layer: QuantLinear) -> None:
+        _fill_packed(layer.to_empty(device=device), generator)
+
+    if precision in BITS:
+        attach_kernels(model, fill)
     result: PreTrainedModel = model.eval()
     return result
 
@@ -86,8 +94,8 @@ def config_from_dict(content: Mapping[str, Any]) -> PretrainedConfig:
         raise BadModelError(f"no model known here has this configuration: {error}") from error
 
 
-def _pack(model: Any, model_type: str, bits: int, group_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Put a packed linear, its memory asked for and not yet filled, in the place of every linear of every block."""
+def _pack(model: Any, model_type: str, bits: int, group_size: int, dtype: torch.dtype) -> None:
+    """Put a packed linear, without memory, in the place of every linear of every block."""
     for block in block_list(model, find_layout(model, model_type)):
         for name, linear in linears(block).items():
             if not packable(linear.out_features, linear.in_features, bits):
@@ -97,14 +105,19 @@ def _pack(model: Any, model_type: str, bits: int, group_size: int, dtype: torch.
                 )
             parent, _, leaf = name.rpartition(".")
             bias = None if linear.bias is None else dtype
-            options: dict[str, Any] = {"bits": bits, "group_size": group_size, "bias": bias, "device": device}
+            options: dict[str, Any] = {"bits": bits, "group_size": group_size, "bias": bias, "device": "meta"}
             setattr(block.get_submodule(parent), leaf, QuantLinear(linear.in_features, linear.out_features, **options))
 
 
 def _allocate(model: Any, device: torch.device) -> None:
-    """Memory for every parameter; buffers, which the model's own constructor computed, go to the device."""
+    """Memory for every parameter; buffers, which the model's own constructor computed, go to the device.
+
+    Packed linears get theirs one by one.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            continue
         for leaf, parameter in module._parameters.items():
             if parameter is not None and f"{path}.{leaf}" not in tied:
                 # It requires gradients, as what from_pretrained loads: on a CPU torch takes another way otherwise, and
@@ -118,18 +131,7 @@ def _allocate(model: Any, device: torch.device) -> None:
 
 
 def _fill(module: nn.Module, generator: torch.Generator) -> None:
-    """Random codes or values for the matrices; norms one, biases zero, as a fresh model has them. In place."""
-    if isinstance(module, QuantLinear):
-        words = torch.randint(-(2**31), 2**31, (_pattern_of(module.qweight),), generator=generator, dtype=torch.int64)
-        _repeat(module.qweight, words.to(torch.int32))
-        middle = 2 ** (module.bits - 1)
-        module.qzeros.fill_(_word_of(middle - 1 if module.version == 1 else middle, module.bits))
-        # Codes are even over 2**bits levels, whose standard deviation is this.
-        module.scales.fill_(_STD / (((4**module.bits - 1) / 12) ** 0.5))
-        module.g_idx.copy_(in_order(module.in_features, module.group_size, module.g_idx.device))
-        if module.bias is not None:
-            module.bias.zero_()
-        return
+    """Random values for the matrices; norms one, biases zero, as a fresh model has them. In place."""
     for leaf, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -138,6 +140,20 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
         else:
             drawn = torch.randn(_pattern_of(parameter), generator=generator) * _STD
             _repeat(parameter, drawn.to(parameter.dtype))
+
+
+def _fill_packed(layer: QuantLinear, generator: torch.Generator) -> None:
+    """Random codes around the middle, groups in order, no bias. In place."""
+    with torch.no_grad():
+        words = torch.randint(-(2**31), 2**31, (_pattern_of(layer.qweight),), generator=generator, dtype=torch.int64)
+        _repeat(layer.qweight, words.to(torch.int32))
+        middle = 2 ** (layer.bits - 1)
+        layer.qzeros.fill_(_word_of(middle - 1 if layer.version == 1 else middle, layer.bits))
+        # Codes are even over 2**bits levels, whose standard deviation is this.
+        layer.scales.fill_(_STD / (((4**layer.bits - 1) / 12) ** 0.5))
+        layer.g_idx.copy_(in_order(layer.in_features, layer.group_size, layer.g_idx.device))
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 def _pattern_of(tensor: Tensor) -> int:

@@ -126,6 +126,7 @@ def _sections(report: Result) -> list[str]:
     cost = report.kv_cache
     return [
         *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in _TABLES.items()],
+        *_rounded(report.rows),
         f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(sources) or NOT_MEASURED}.",
         *_worst_layers(report.rows),
         *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots if name not in _PLACED],
@@ -136,6 +137,24 @@ def _sections(report: Result) -> list[str]:
 
 def _models(rows: Sequence[ModelRow]) -> list[str]:
     return [f"## Size\n\n{_models_table(rows, _TABLES['Size'])}", f"1 MB is 10^6 bytes. {_parameters(rows[0])}"]
+
+
+def _rounded(rows: Sequence[ModelRow]) -> list[str]:
+    """What sets rows apart that have the same weights."""
+    activations = sorted({row.activation_bits for row in rows if row.activation_bits})
+    heads = sorted({row.head_bits for row in rows if row.head_bits})
+    return [
+        *(
+            f"*With int{bits} activations*: the same weights, and the input of every packed linear rounded to {bits} "
+            "bits, one scale per token and 128 features. It is off unless asked for."
+            for bits in activations
+        ),
+        *(
+            f"*With an int{bits} head*: the same packed weights, and the output projection rounded to {bits} bits when "
+            "the model was loaded; sizes are those of the folder, which keeps it as it was. It is off unless asked for."
+            for bits in heads
+        ),
+    ]
 
 
 def _text(data: Data) -> list[str]:

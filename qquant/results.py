@@ -85,6 +85,10 @@ class ModelRow(Strict):
     """How it was quantized; None for a model that is not."""
     bits: int | None = None
     group_size: int | None = None
+    activation_bits: int | None = None
+    """That the inputs of packed linears were rounded to; None: they were not."""
+    head_bits: int | None = None
+    """That the output projection was rounded to after loading; None: it was not."""
     checkpoint_dtype: str
     """The dtype its config.json names; the report's compute_dtype says what it was run in."""
     weights_bytes: int | None = None

@@ -26,7 +26,7 @@ from qquant.json_files import read_json
 from qquant.merging import MergedReader
 from qquant.models.layouts import Layout, block_list, find_layout
 from qquant.models.qwen.modeling import register_qwen
-from qquant.shards import DTYPES, PIECE, CheckpointReader
+from qquant.shards import DTYPES, CheckpointReader, all_finite
 from qquant.text_sources import at_home, one_line
 
 _log = logging.getLogger("qquant")
@@ -286,7 +286,7 @@ class StreamedModel:
     def finite_chunks(self, name: str) -> Iterator[Tensor]:
         """A stored tensor piece by piece; raises BadModelError at a value that is not finite."""
         for chunk in self.reader.chunks(name):
-            if chunk.is_floating_point() and not bool(torch.isfinite(chunk).all()):
+            if chunk.is_floating_point() and not all_finite(chunk):
                 raise BadModelError(f"weights must be finite, {name} in {self.folder} holds NaN or Inf")
             yield chunk
 
@@ -323,7 +323,7 @@ class StreamedModel:
     def _read(self, name: str, like: Tensor) -> Tensor:
         tensor = self.reader.read(name)
         if tensor.is_floating_point():
-            if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(PIECE)):
+            if not all_finite(tensor):
                 raise BadModelError(f"weights must be finite, {name} in {self.folder} holds NaN or Inf")
             tensor = tensor.to(like.dtype)
         return tensor.to(self.device)

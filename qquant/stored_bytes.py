@@ -1,7 +1,7 @@
 """The shapes of a model, the bytes that its weights and KV cache are stored in, and over how many cards they divide.
 
-Plain arithmetic, exact to the byte: it must give what linear.py, kv_store.py and a checkpoint really hold. What a run
-takes beyond that is footprint.py's; shapes.py reads shapes off a model.
+Plain arithmetic, exact to the byte: it must give what packed_weight.py, kv_store.py and a checkpoint really hold. What
+a run takes beyond that is footprint.py's; shapes.py reads shapes off a model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ _INT4_GROUP = 32
 _MOST_ASKED = 1 << 40
 _RANGE_BYTES = 4
 """Scale and zero of one stored vector, float16 each."""
+_PANEL_ROWS = 16
+"""Of panels.py; a test holds it against that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +86,31 @@ class ModelShapes:
 
 
 def packed_bytes(linear: LinearShape, bits: int, group_size: int) -> int:
-    """Bytes of a packed matrix: qweight, qzeros, float16 scales, g_idx; see docs/checkpoint-format.md."""
+    """Bytes of a packed matrix in a file: qweight, qzeros, float16 scales, g_idx; see docs/checkpoint-format.md."""
     groups = 1 if group_size == -1 else -(-linear.inputs // group_size)
     zeros_and_scales = groups * linear.outputs * bits // 8 + 2 * groups * linear.outputs
     return linear.weights * bits // 8 + zeros_and_scales + 4 * linear.inputs
 
 
+def panel_bytes(linear: LinearShape, bits: int, group_size: int) -> int:
+    """Bytes of a packed linear in memory, ``packed_weight.PackedWeight`` once packed: words, float16 scales, the bias.
+
+    Zeros are one number and columns in order, as this package's quantizer leaves them: asymmetric zeros would add a
+    byte per group and row, act-order 4 bytes per column. Only groups that do not fill words have an order here, each
+    linear its own; siblings would share it.
+    """
+    step = 32 // bits
+    size = linear.inputs if group_size == -1 else group_size
+    groups = -(-linear.inputs // size)
+    gathered = size % step != 0
+    columns = groups * -(-size // step) * step if gathered else linear.inputs
+    rows = -(-linear.outputs // _PANEL_ROWS) * _PANEL_ROWS
+    # The bias is float32 whatever a file holds.
+    return rows * (columns * bits // 8 + 2 * groups + 4 * linear.bias) + 4 * columns * gathered
+
+
 def weights_bytes(shapes: ModelShapes, precision: Precision, *, group_size: int = 128, element_bytes: int = 2) -> int:
-    """Bytes of a model's tensors, on disk as in memory.
+    """Bytes of a model's tensors as files hold them; of one that is not packed also in memory.
 
     Args:
         shapes: of the model.
@@ -108,6 +127,25 @@ def weights_bytes(shapes: ModelShapes, precision: Precision, *, group_size: int 
         raise UsageError(f"memory is predicted for {', '.join([*ELEMENT_BYTES, *BITS])}, got {precision}")
     unpacked = shapes.parameters - sum(linear.weights for linear in shapes.linears)
     return unpacked * element_bytes + sum(packed_bytes(x, BITS[precision], group_size) for x in shapes.linears)
+
+
+def held_bytes(shapes: ModelShapes, precision: Precision, *, group_size: int = 128, element_bytes: int = 2) -> int:
+    """The same once the model is loaded: packed linears are in panels, and in nothing else."""
+    if precision not in BITS:
+        return weights_bytes(shapes, precision, group_size=group_size, element_bytes=element_bytes)
+    unpacked = shapes.parameters - sum(x.weights + x.bias * x.outputs for x in shapes.linears)
+    return unpacked * element_bytes + sum(panel_bytes(x, BITS[precision], group_size) for x in shapes.linears)
+
+
+def stage_bytes(shapes: ModelShapes, precision: Precision, *, group_size: int = 128) -> int:
+    """Bytes in a file of the largest set of packed linears that share an input, without biases; 0 if none is packed."""
+    if precision not in BITS:
+        return 0
+    together = (
+        LinearShape(name="", inputs=inputs, outputs=outputs, bias=False, tail=False)
+        for inputs, outputs in shapes.stages
+    )
+    return max(packed_bytes(linear, BITS[precision], group_size) for linear in together)
 
 
 def layer_bytes(

@@ -30,6 +30,11 @@ REGISTERS = {
     r"attend<1, .*>": 128,  # four blocks of 128 threads
     r"attend<2, .*>": 200,  # two blocks before compute capability 9.0
     r"attend<4, .*>": 255,  # two blocks of 64 threads
+    r"multiply_tiles<.*, 1>": 80,  # three blocks of 256 threads
+    r"multiply_tiles<.*, [24]>": 128,  # two blocks
+    r"multiply_float32<.*>": 128,
+    r"arrange_activations<.*>|join_linear_splits": 40,
+    r"unpack_panels<.*>": 40,  # six blocks of 256 threads at least
 }
 """Most registers of a thread, by kernel; more than these would cost blocks."""
 THREE_BLOCKS = 168
@@ -75,6 +80,7 @@ def test_every_kernel_is_compiled_for_every_architecture(resources: list[Resourc
     kernels = {r.kernel for r in resources}
     assert {kernel.partition("<")[0] for kernel in kernels} == {
         "append_groups", "append_elements", "dequantize_groups", "dequantize_elements", "attend", "join_splits",
+        "multiply_tiles", "multiply_float32", "arrange_activations", "join_linear_splits", "unpack_panels",
     }  # fmt: skip
     assert found == {(kernel, f"sm_{arch}") for kernel in kernels for arch in ARCHS}
 
@@ -122,6 +128,38 @@ def test_attention_copies_16_bytes_at_a_time_and_multiplies_on_tensor_cores(arch
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_linears_copy_16_bytes_at_a_time_and_multiply_on_tensor_cores(arch: int, objects: list[Path]) -> None:
+    [target] = [path for path in objects if path.name.startswith("linear_tiles")]
+    code = disassembly(target, arch)
+    for dtype, name in (("Float16", r"HMMA\.16816\.F32 "), ("Bfloat16", r"HMMA\.16816\.F32\.BF16")):
+        for bits in (4, 8):
+            for tiles in (1, 2, 4):
+                kernel = code[f"multiply_tiles<{dtype}, {bits}, {tiles}>"]
+                assert len(re.findall(name, kernel)) == 4 * tiles  # of a chunk: 32 rows, 32 columns
+                assert len(re.findall(r"LDGSTS\.E\.BYPASS\.128", kernel)) >= 4  # words
+                assert len(re.findall(r"LDGSTS\.E\.128", kernel)) >= 4  # activations
+                assert not re.findall(r"\b(?:LDL|STL)\b", kernel)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_codes_of_4_bits_become_numbers_in_two_instructions(arch: int, objects: list[Path]) -> None:
+    """A pair takes one LOP3 with mask and power of two, and one addition; a second LOP3 is what C++ alone gives."""
+    [target] = [path for path in objects if path.name.startswith("linear_tiles")]
+    kernel = disassembly(target, arch)["multiply_tiles<Float16, 4, 1>"]
+    assert len(re.findall(r"LOP3\.LUT \S+ \S+ 0xf000f, \S+ 0xea", kernel)) == 16
+    assert len(re.findall(r"\bHADD2 ", kernel)) == 16
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_unpacking_reads_and_writes_16_bytes_at_a_time(arch: int, objects: list[Path]) -> None:
+    [target] = [path for path in objects if path.name.startswith("linear_weights")]
+    kernel = disassembly(target, arch)["unpack_panels<Bfloat16, 4>"]
+    assert re.findall(r"LDG\.E(?:\.NA)?\.128(?:\.CONSTANT)?", kernel)
+    assert re.findall(r"STG\.E\.128", kernel)
+    assert not re.findall(r"STG\.E\.U16", kernel)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_append_and_dequantize_move_whole_groups(arch: int, objects: list[Path]) -> None:
     [append] = [path for path in objects if path.name.startswith("kv_append")]
     [dequantize] = [path for path in objects if path.name.startswith("kv_dequantize")]
@@ -148,7 +186,7 @@ def test_the_module_loads_and_says_what_it_was_built_for() -> None:
 
 def test_every_operator_has_a_kernel_for_cuda() -> None:
     live_or_skip()
-    for name in ("kv_append", "kv_dequantize", "kv_decode_attention"):
+    for name in ("kv_append", "kv_dequantize", "kv_decode_attention", "panel_linear", "panel_weights"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qquant::{name}", "CUDA")
 
 

@@ -129,7 +129,8 @@ def test_the_table_names_every_finding() -> None:
     assert "The core works." in result.stdout
 
 
-def test_a_module_that_was_never_built_says_so() -> None:
+def test_a_module_that_was_never_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QQUANT_NATIVE", raising=False)
     module, why = _native._load.__wrapped__("qquant._no_such_module")
     assert module is None
     assert why == "not built"

@@ -13,11 +13,11 @@ import pytest
 from transformers import AutoConfig
 
 from qquant import planning
-from qquant.footprint import footprint, weights_bytes
+from qquant.footprint import CPU_PRODUCT_BYTES, footprint, weights_bytes
 from qquant.plan_report import Plan
 from qquant.planning import Question, plan_model, what_would_fit
 from qquant.shapes import model_shapes
-from qquant.stored_bytes import CacheShape, LinearShape, ModelShapes, layer_bytes, packed_bytes
+from qquant.stored_bytes import CacheShape, LinearShape, ModelShapes, layer_bytes, packed_bytes, panel_bytes
 
 OUT = LinearShape(name="block.wide", inputs=64, outputs=48, bias=False, tail=False)
 TAIL = LinearShape(name="block.tail", inputs=48, outputs=64, bias=False, tail=True)
@@ -76,6 +76,22 @@ def test_a_packed_matrix_is_codes_zeros_scales_and_an_index(bits: int, group_siz
     assert packed_bytes(OUT, bits, group_size) == expected
 
 
+@pytest.mark.parametrize(
+    ("linear", "bits", "group_size", "expected"),
+    [
+        (OUT, 8, 16, 3072 + 4 * 48 * 2),
+        (OUT, 4, 16, 1536 + 4 * 48 * 2),
+        (OUT, 4, -1, 1536 + 48 * 2),
+        (replace(OUT, bias=True), 4, -1, 1536 + 48 * 2 + 48 * 4),
+        (replace(OUT, outputs=40), 4, 16, 1536 + 4 * 48 * 2),
+        (replace(OUT, inputs=60), 4, 12, (5 * 16 * 48) // 2 + 5 * 48 * 2 + 4 * 5 * 16),
+    ],
+    ids=["8 bits", "4 bits", "whole rows", "bias in float32", "rows fill panels", "groups fill words"],
+)
+def test_a_linear_in_memory_is_words_and_scales(linear: LinearShape, bits: int, group_size: int, expected: int) -> None:
+    assert panel_bytes(linear, bits, group_size) == expected
+
+
 # ---- caches
 
 
@@ -120,6 +136,45 @@ def test_the_int8_cache_has_the_keys_in_float32_and_less_their_mean() -> None:
     assert activations(many, **prompt) < needed
 
 
+def test_norms_of_a_packed_model_on_a_cpu_make_no_copies_in_float32() -> None:
+    wide = replace(SMALL, query_width=4096, query_norms=True)
+    cell = {"prompt_tokens": ROWS, "new_tokens": 1, "precision": "int8"}
+    # The queries, and for the rotation its product, the rotated half and the product of that, all in 2 bytes; the norm
+    # would need a float32 copy and its square.
+    rotated, normed = ROWS * 4096 * 2 * 4, ROWS * 4096 * (2 + 4 + 4)
+    assert rotated <= activations(wide, device="cpu", **cell) < normed
+    assert activations(wide, device="cpu", compute_dtype="fp16", **cell) >= normed
+    assert activations(wide, **cell) >= normed
+
+
+def test_a_packed_linear_is_made_whole_for_many_tokens_on_a_card_and_never_on_a_cpu() -> None:
+    large = replace(OUT, inputs=64, outputs=100_000)
+    shapes = replace(SMALL, linears=(large, replace(TAIL, inputs=80)), stages=((64, 100_000), (80, 64)))
+    weight = 2 * large.weights
+    for tokens, made in ((64, False), (65, True)):
+        cell = {"prompt_tokens": tokens, "new_tokens": 1, "precision": "int4"}
+        results = tokens * 2 * 100_000
+        assert (activations(shapes, **cell) >= results + weight) is made
+        assert results <= activations(shapes, device="cpu", **cell) < results + weight
+    # So many sequences are as many tokens.
+    alone = {"prompt_tokens": 1, "new_tokens": 2, "precision": "int4"}
+    assert activations(shapes, **alone, batch=64) < 64 * 2 * 100_000 + weight <= activations(shapes, **alone, batch=65)
+
+
+def test_siblings_have_their_results_at_once_and_the_input_is_there_once_more() -> None:
+    shapes = replace(SMALL, stages=((64, 5000), (48, 64)))
+    # Residuals and input of the block, its normed input; the results; the input once more, in 2 bytes, of float32 in 3.
+    for dtype, element, encoded in (("bf16", 2, 2), ("fp32", 4, 3)):
+        cell = {"prompt_tokens": ROWS, "new_tokens": 1, "precision": "int8", "kv_cache": dtype, "compute_dtype": dtype}
+        assert activations(shapes, device="cpu", **cell) == ROWS * ((4 * 64 + 5000) * element + 64 * encoded)
+
+
+def test_onednn_is_needed_for_an_output_projection_of_more_tokens_than_our_kernel_takes() -> None:
+    cell = {**CELL, "device": "cpu", "precision": "int8", "prompt_tokens": 1, "new_tokens": 2}
+    eight, nine = (footprint(SMALL, **cell | {"batch": batch}).overhead_bytes for batch in (8, 9))
+    assert nine - eight == CPU_PRODUCT_BYTES
+
+
 # ---- decoding
 
 DEEP = replace(SMALL, caches=(CacheShape(heads=8, key_dim=32, value_dim=64, window=None),) * 8)
@@ -160,17 +215,20 @@ def plan_of(monkeypatch: pytest.MonkeyPatch, tiny_qwen2: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("precision", "weights"),
+    ("precision", "weights", "beside"),
     [
-        ("bf16", 2 * 19_136),
-        ("int8", 2 * 12_992 + (3072 + 4 * 48 * 3 + 64 * 4) + (3072 + 3 * 64 * 3 + 48 * 4)),
+        ("bf16", 2 * 19_136, 2 * 6400),
+        # Words and scales; beside them the larger of both matrices as a file has it.
+        ("int8", 2 * 12_992 + 2 * 3072 + 4 * 48 * 2 + 3 * 64 * 2, 3072 + 4 * 48 * 3 + 64 * 4),
     ],
     ids=["bf16", "int8"],
 )
-def test_loading_takes_the_tensors_and_the_largest_once_more(plan_of: Any, precision: str, weights: int) -> None:
+def test_loading_takes_the_tensors_and_what_is_read_at_once(
+    plan_of: Any, precision: str, weights: int, beside: int
+) -> None:
     (cell,) = plan_of(SMALL, precisions=(precision,), kv_caches=("plain",), group_size=16).cells
     assert cell.footprint.weights_bytes == weights
-    assert cell.loading_peak_bytes == weights + 2 * 6400
+    assert cell.loading_peak_bytes == weights + beside
 
 
 ONE_CELL: dict[str, Any] = {"precisions": ("bf16",), "kv_caches": ("plain",), "batches": (1,)}

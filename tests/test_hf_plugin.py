@@ -155,10 +155,14 @@ def test_saving_and_loading_again_gives_the_same_logits(tiny_qwen2: Path, tmp_pa
     assert torch.equal(logits_of(qquant.load_quantized(tmp_path / "again")), logits_of(model))
 
 
-def test_a_missing_g_idx_is_computed_where_there_is_no_act_order(tiny_qwen2: Path, tmp_path: Path) -> None:
-    expected = pack_by_hand(tiny_qwen2, tmp_path / "m", group_size=48)
+@pytest.mark.parametrize("group_size", [32, 48])
+def test_a_missing_g_idx_is_computed_where_there_is_no_act_order(
+    tiny_qwen2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], group_size: int
+) -> None:
+    expected = pack_by_hand(tiny_qwen2, tmp_path / "m", group_size=group_size)
     edit_tensors(tmp_path / "m", lambda tensors: [tensors.pop(k) for k in list(tensors) if k.endswith("g_idx")])
     assert_same_but_for_order(logits_of(qquant.load_quantized(tmp_path / "m")), expected)
+    assert "MISSING" not in capfd.readouterr().err
 
 
 def drop(*names: str) -> Callable[[dict[str, Tensor]], object]:

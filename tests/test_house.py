@@ -42,6 +42,8 @@ FLOORS = {
     6: {"sources", "capture"},
     5: {"models.qwen.modeling"},
     4: {
+        "model_kernels",
+        "rounded_head",
         "kv_cache_quant",
         "merging",
         "conversation",
@@ -54,6 +56,7 @@ FLOORS = {
         "page.scores",
     },
     3: {
+        "linear",
         "kv_layer",
         "long_context",
         "adapter",
@@ -74,7 +77,11 @@ FLOORS = {
     },
     2: {
         "solver",
-        "linear",
+        "packed_weight",
+        "shared_input",
+        "dense_linear",
+        "rms_norm",
+        "gptq_keys",
         "kv_store",
         "kv_attention",
         "kv_needle",
@@ -104,6 +111,11 @@ FLOORS = {
         "models.qwen.tokenization",
     },
     1: {
+        "linear_kernels",
+        "linear_ops",
+        "linear_torch",
+        "panels",
+        "plain_attention",
         "affine",
         "packing",
         "config",

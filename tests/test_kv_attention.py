@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qquant import kv_attention, kv_ops
+from qquant import kv_attention, kv_ops, plain_attention
 from qquant.kv_cache_quant import Int8KVCache
 
 PROMPT = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -265,3 +266,49 @@ def test_models_with_ways_of_their_own_stay_right(config: Any) -> None:
     # Half a step is a 500th of a vector's range: logits move by about a hundredth of their spread, by a wrong mask or
     # head as much as they are.
     assert (steps[0] - steps[1]).square().mean().sqrt() < 0.02 * steps[0].std()
+
+
+def test_one_token_over_a_bfloat16_cache_takes_the_kernel(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    seen: list[tuple[int, ...]] = []
+    attend = plain_attention.attend
+
+    def record(query: Tensor, *rest: Any) -> tuple[Tensor, None]:
+        seen.append(tuple(query.shape))
+        return attend(query, *rest)
+
+    monkeypatch.setattr(plain_attention, "_LIVE", True)
+    monkeypatch.setattr(plain_attention, "kernel_is_live", lambda: True)
+    monkeypatch.setattr(plain_attention, "attend", record)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint("qwen2", dtype=torch.bfloat16))
+    exact = copy.deepcopy(model).float()
+    assert kv_attention.use_decode_kernel(model) == [
+        "attention (bfloat16): decode_attention for 1 token, torch for more"
+    ]
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :2] = 0
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        ids = torch.arange(1, 15).view(2, 7)
+        model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        assert seen == []
+        found = model(ids[:, 6:], attention_mask=mask, past_key_values=cache).logits
+        expected = exact(ids, attention_mask=mask).logits[:, -1:]
+    assert seen == [(2, 4, 1, 16)] * model.config.num_hidden_layers
+    # bfloat16 through two layers: 2**-8 of each of some ten roundings.
+    assert (found.float() - expected).norm() < 10 * 2**-8 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_the_kernel_cannot_serve_nothing_is_adopted(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(plain_attention, "kernel_is_live", lambda: dtype == torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint("qwen2", dtype=dtype))
+    assert kv_attention.use_decode_kernel(model) == []
+    assert model.config._attn_implementation == "sdpa"

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, T5Config, T5ForConditionalGeneration
 
 import qquant
+from qquant import kv_attention
 from qquant.errors import BadModelError, UsageError
 from qquant.kv_cache_quant import Int8KVCache
 
@@ -249,3 +250,16 @@ def test_transformers_still_prepares_caches_through_the_method_that_is_replaced(
         "batch_size",
         "max_cache_length",
     ]
+
+
+def test_switching_off_keeps_the_attention_that_a_quantized_model_was_loaded_with(tiny_qwen2: Path) -> None:
+    model = load(tiny_qwen2)
+    assert kv_attention.adopt(model.config)  # as model_kernels.py does for bfloat16 models
+    loaded_with = model.config._attn_implementation
+    qquant.enable_kv_quant(model)
+    qquant.enable_kv_quant(model, use_cache_kernel=False)  # once more, over the first
+    qquant.disable_kv_quant(model)
+    assert model.config._attn_implementation == loaded_with
+    kv_attention.release(model.config)
+    qquant.disable_kv_quant(qquant.enable_kv_quant(model))
+    assert model.config._attn_implementation == "sdpa"

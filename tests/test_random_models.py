@@ -70,7 +70,22 @@ def test_a_packed_model_takes_the_bytes_of_its_format() -> None:
             inputs, outputs = linear.in_features, linear.out_features
             groups = -(-inputs // 128)
             saved += 2 * inputs * outputs - (inputs * outputs // 2 + groups * outputs * (2 + 0.5) + 4 * inputs)
+            layer.unpack()
     assert tensor_bytes(plain) - tensor_bytes(packed) == saved
+
+
+def test_a_model_in_panels_takes_fewer_bytes_than_its_format() -> None:
+    """No zeros, which are all one number, and no g_idx; biases are float32 for the kernels."""
+    packed = made("int4")
+    layers = [layer for layer in packed.modules() if isinstance(layer, QuantLinear)]
+    if not all(layer.packed for layer in layers):
+        pytest.skip("the CPU kernels (qquant._C) are not built")
+    in_panels = tensor_bytes(packed)
+    for layer in layers:
+        layer.unpack()
+    biases = sum(2 * layer.bias.numel() for layer in layers if layer.bias is not None)
+    zeros = sum(layer.qzeros.numel() * 4 for layer in layers)
+    assert tensor_bytes(packed) - in_panels == zeros + sum(4 * layer.in_features for layer in layers) - biases
 
 
 def test_nothing_is_filled_before_all_memory_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

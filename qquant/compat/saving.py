@@ -82,7 +82,7 @@ def _tensors(model: Any, stored: dict[str, torch.dtype], dtype: torch.dtype | No
     """What is saved, in model order and in the dtype it is saved in; tied copies are left out."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     scales = {f"{name}.scales" for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _state(model):
         if name in tied:
             continue
         if not tensor.is_floating_point() or name in scales:
@@ -92,6 +92,14 @@ def _tensors(model: Any, stored: dict[str, torch.dtype], dtype: torch.dtype | No
         if not bool(torch.isfinite(cast).all()):
             raise NumericError(f"weights must be finite, {name} is not in {cast.dtype}; choose another torch_dtype")
         yield name, cast
+
+
+def _state(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The state dict, module by module: packed linears make their tensors anew, and not all of them at once."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        own: dict[str, Tensor] = {}
+        module._save_to_state_dict(own, f"{path}." if path else "", keep_vars=False)
+        yield from own.items()
 
 
 def _write_weights(model: Any, folder: Path, stored: dict[str, torch.dtype], dtype: torch.dtype | None) -> None:

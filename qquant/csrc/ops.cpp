@@ -1,6 +1,6 @@
-// Binds the CPU kernels of cpu/ to the operators that kv_ops.py declares, by libtorch's stable ABI: one binary runs
-// under torch 2.11 and every later one. Checks of what a kernel cannot take live here; kernels themselves know nothing
-// of torch.
+// Binds the attention kernels of cpu/ to the operators that kv_ops.py declares, by libtorch's stable ABI: one binary
+// runs under torch 2.11 and every later one. Checks of what a kernel cannot take live here; kernels themselves know
+// nothing of torch. The operators of linear_ops.py are bound in linear_ops.cpp.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -14,28 +14,17 @@
 #include "cpu/isa.h"
 #include "cpu/kv_attention.h"
 #include "cpu/kv_codes.h"
+#include "tensor_checks.h"
 
 namespace {
 
 using qquant::Real;
+using qquant::real_of;
+using qquant::shape_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr std::int64_t kGrainBytes = std::int64_t{1} << 17;  // of codes per thread: less is not worth waking one
-
-Real real_of(ScalarType dtype, const char* name) {
-  if (dtype == ScalarType::Float) return Real::float32;
-  if (dtype == ScalarType::Half) return Real::float16;
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, name, " must be float32, float16 or bfloat16, got ",
-                  torch::headeronly::toString(dtype), "; convert it first");
-  return Real::bfloat16;
-}
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (std::int64_t i = 0; i < tensor.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
-  return text + "]";
-}
 
 void check_last_stride(const Tensor& tensor, const char* name) {
   const std::int64_t last = tensor.dim() - 1;
@@ -228,7 +217,10 @@ Tensor kv_decode_attention(const Tensor& query, const Tensor& k_codes, const Ten
 // Which instruction set the kernels run with on this processor.
 std::string cpu_kernel_info() {
   const std::string name = qquant::name_of(qquant::isa());
-  return "kv_append: " + name + ", kv_dequantize: " + name + ", kv_decode_attention: " + name;
+  std::string text;
+  for (const char* op : {"kv_append", "kv_dequantize", "kv_decode_attention", "panel_linear", "panel_weights"})
+    text += (text.empty() ? "" : ", ") + std::string(op) + ": " + name;
+  return text;
 }
 
 }  // namespace

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from qquant.linear import QuantLinear
+from qquant.dense_linear import DenseLinear
 from qquant.models.layouts import find_attentions
+from qquant.packed_weight import PackedWeight
 
 _log = logging.getLogger("qquant")
 
@@ -109,7 +110,7 @@ def _rows_can_be_scaled(pairs: _Pairs) -> bool:
     if pairs.normed:
         return not pairs.attention.k_norm.weight.is_meta
     return all(
-        type(linear) in (nn.Linear, QuantLinear)
+        (type(linear) in (nn.Linear, DenseLinear) or isinstance(linear, PackedWeight))
         and not is_parametrized(linear)
         and not any(tensor.is_meta for tensor in (*linear.parameters(), *linear.buffers()))
         and all(parameter.is_floating_point() for parameter in linear.parameters())
@@ -172,13 +173,13 @@ def _guess(found: dict[str, _Pairs], left: Tensor) -> dict[str, Tensor]:
             channel = pairs.attention.k_norm.weight.detach().float().abs().expand(pairs.kv_heads, -1).reshape(half)
         else:
             linear = pairs.linears[0]
-            weight = linear.dequantized() if isinstance(linear, QuantLinear) else linear.weight.detach()
+            weight = linear.dequantized() if isinstance(linear, PackedWeight) else linear.weight.detach()
             # Its input, a normed vector, has unit mean square before the norm's weight.
             scaled = weight[pairs.rows].float() * pairs.norm.get_parameter("weight").detach().float().to(weight.device)
             channel = SPREAD * scaled.norm(dim=1).reshape(half)
-            if linear.bias is not None:
-                bias = linear.bias.detach()[pairs.rows].float().abs().reshape(half)
-                channel = channel + bias * left.to(weight.device)
+            bias = linear.real_bias() if isinstance(linear, PackedWeight) else linear.bias
+            if bias is not None:
+                channel = channel + bias.detach()[pairs.rows].float().abs().reshape(half) * left.to(weight.device)
         sizes[name] = channel.norm(dim=1)
     return sizes
 
@@ -217,7 +218,8 @@ def _apply(pairs: _Pairs, factors: Tensor) -> bool:
         # One weight serves all heads: what the worst of them asks for.
         channel = factors.amax(0) if (factors >= 1).all() else factors.amin(0)
         channel = channel.repeat(2)
-        jobs = [(attention.k_norm.weight, 1 / channel), (attention.q_norm.weight, channel)]
+        weights = (attention.k_norm.weight, 1 / channel), (attention.q_norm.weight, channel)
+        jobs = [_Job(weight, share, weight.dtype, exact=False) for weight, share in weights]
     else:
         per_key = factors.repeat(1, 2)  # [H, D]
         queries = pairs.linears[-1].out_features // pairs.parts
@@ -225,32 +227,42 @@ def _apply(pairs: _Pairs, factors: Tensor) -> bool:
         per_key = 1 / per_key.flatten()
         shares = [torch.cat((per_query, per_key, torch.ones_like(per_key)))] if pairs.fused else [per_key, per_query]
         jobs = [job for linear, share in zip(pairs.linears, shares, strict=True) for job in _scaled_rows(linear, share)]
-    jobs = [(tensor, factor.to(tensor.device)) for tensor, factor in jobs]
+    jobs = [job._replace(factor=job.factor.to(job.tensor.device)) for job in jobs]
     # Not only without gradients: weights that were made in inference mode may only be changed in it.
     with torch.inference_mode():
-        if not all(_restorable(tensor, factor.to(tensor.dtype), pairs) for tensor, factor in jobs):
+        if not all(_restorable(job) for job in jobs):
             _log.warning("a key fold was left out: its factors leave the range of the stored dtype")
             return False
-        for tensor, factor in jobs:
-            tensor.mul_(factor.to(tensor.dtype))
+        for job in jobs:
+            job.tensor.mul_(job.factor.to(job.tensor.dtype))
     for linear in pairs.linears:
-        if isinstance(linear, QuantLinear):
-            linear.forget_packed()
+        if isinstance(linear, PackedWeight):
+            linear.forget()
     return True
 
 
-def _restorable(tensor: Tensor, factor: Tensor, pairs: _Pairs) -> bool:
-    """Whether ``tensor * factor`` can be undone.
+class _Job(NamedTuple):
+    """A tensor to multiply in place."""
 
-    Exactly for the scales of packed weights, each of which stands for a whole group; for anything else but for the last
-    bit of the smallest float16 numbers.
-    """
-    exact = any(tensor is getattr(linear, "scales", None) for linear in pairs.linears)
-    return torch.allclose(tensor * factor / factor, tensor, rtol=0, atol=0 if exact else 2.0**-24)
+    tensor: Tensor
+    factor: Tensor
+    """Broadcasts."""
+    dtype: torch.dtype
+    """That the tensor is stored in, if it is held in another."""
+    exact: bool
+    """Whether undoing must restore every bit, as for scales of packed weights, each of which stands for a group."""
 
 
-def _scaled_rows(linear: Any, factor: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The tensors to multiply, each with a factor that broadcasts, so that output rows are scaled by ``factor``."""
-    # [groups, out] or [out, in].
-    jobs = [(linear.scales, factor) if isinstance(linear, QuantLinear) else (linear.weight, factor[:, None])]
-    return jobs if linear.bias is None else [*jobs, (linear.bias, factor)]
+def _restorable(job: _Job) -> bool:
+    """Whether a product can be undone: exactly, or but for the last bit of the smallest float16 numbers."""
+    tensor, factor = job.tensor.to(job.dtype), job.factor.to(job.dtype)
+    return torch.allclose(tensor * factor / factor, tensor, rtol=0, atol=0 if job.exact else 2.0**-24)
+
+
+def _scaled_rows(linear: Any, factor: Tensor) -> list[_Job]:
+    """What to multiply so that output rows are scaled by ``factor`` [out]."""
+    if isinstance(linear, PackedWeight):
+        scales, *others = linear.row_factors(factor)
+        return [_Job(*scales, exact=True), *(_Job(*other, exact=False) for other in others)]
+    jobs = [_Job(linear.weight, factor[:, None], linear.weight.dtype, exact=False)]
+    return jobs if linear.bias is None else [*jobs, _Job(linear.bias, factor, linear.bias.dtype, exact=False)]

@@ -116,6 +116,24 @@ def find_attentions(model: nn.Module, model_type: str) -> dict[str, str]:
     return {f"{name}.{unit.module}": f"{name}.{unit.norm}" for name in names}
 
 
+def siblings(model: nn.Module, model_type: str) -> list[tuple[str, ...]]:
+    """Full names of the linears that share an input, in model order; only of families known to have such.
+
+    Args:
+        model: a causal language model; its linears may be of any class by now.
+        model_type: ``config.model_type``.
+    """
+    layout = _KNOWN.get(model_type)
+    if layout is None or layout.units is None:
+        return []
+    try:
+        blocks = block_list(model, layout)
+    except AttributeError:  # a part of a larger model, whose names are others
+        return []
+    stages = [stage for unit in layout.units for stage in unit.stages if len(stage) > 1]
+    return [tuple(f"{layout.blocks}.{i}.{name}" for name in stage) for i in range(len(blocks)) for stage in stages]
+
+
 def block_list(model: nn.Module, layout: Layout) -> nn.ModuleList:
     """The ModuleList of decoder blocks."""
     blocks = model.get_submodule(layout.blocks)

@@ -220,10 +220,26 @@ def build(folder: Path) -> Path:
     content = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
     library = folder / f"emulated-{hashlib.sha256(content + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        part = library.with_suffix(f".{os.getpid()}")
-        command = ["g++", *FLAGS, f"-I{HERE}", "-o", str(part), "-x", "c++", *map(str, sources)]
-        result = subprocess.run(command, check=False, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"the kernels do not compile as C++:\n{result.stderr[-4000:]}")
-        part.replace(library)  # another process may be building the same
+        _compile(sources, library)
     return library
+
+
+def _compile(sources: list[Path], library: Path) -> None:
+    """Compile the sources beside each other and link them."""
+    part = library.with_suffix(f".{os.getpid()}")  # another process may be building the same
+    objects = [part.with_name(f"{part.name}.{source.stem}.o") for source in sources]
+    running = [
+        subprocess.Popen(
+            ["g++", *FLAGS, f"-I{HERE}", "-c", "-o", str(target), "-x", "c++", str(source)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    said = "".join(compiler.communicate()[1] for compiler in running)
+    if any(compiler.returncode for compiler in running):
+        raise RuntimeError(f"the kernels do not compile as C++:\n{said[-4000:]}")
+    subprocess.run(["g++", *FLAGS, "-o", str(part), *map(str, objects)], check=True)
+    for target in objects:
+        target.unlink()
+    part.replace(library)

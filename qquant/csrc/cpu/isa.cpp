@@ -16,10 +16,11 @@ Isa best_here() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
     return Isa::portable;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-    return Isa::avx512_vnni;
-  return Isa::avx2;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return Isa::avx2;
+  if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512_vnni;
 #else
   return Isa::portable;
 #endif
@@ -28,10 +29,13 @@ Isa best_here() {
 Isa allowed() {
   const char* raw = std::getenv("QQUANT_CPU_ISA");
   const std::string value = raw == nullptr ? "" : raw;
-  if (value.empty() || value == "avx512") return Isa::avx512_vnni;
-  if (value == "avx2") return Isa::avx2;
-  if (value == "portable") return Isa::portable;
-  throw std::runtime_error("QQUANT_CPU_ISA must be portable, avx2 or avx512, got '" + value +
+  if (value.empty()) return Isa::avx512_bf16;
+  std::string names;
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16}) {
+    if (value == name_of(isa)) return isa;
+    names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
+  }
+  throw std::runtime_error("QQUANT_CPU_ISA must be one of " + names + ", got '" + value +
                            "'; unset it to let the processor decide");
 }
 
@@ -44,8 +48,12 @@ Isa isa() {
 
 const char* name_of(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512_vnni:
       return "avx512_vnni";
+    case Isa::avx512:
+      return "avx512";
     case Isa::avx2:
       return "avx2";
     default:

@@ -16,6 +16,9 @@
 // Kernels carry their instruction set themselves: the module is compiled for any processor of the architecture.
 #define QQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define QQ_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define QQ_AVX512_BF16 \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
+#define QQ_AVX512_PLAIN __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define QQ_INLINE inline __attribute__((always_inline))
 #else
 #define QQ_X86 0
@@ -23,10 +26,11 @@
 
 namespace qquant {
 
-enum class Isa { portable, avx2, avx512_vnni };
+// Each has all that those before it have. A kernel that is not written for one runs as for the last before it.
+enum class Isa { portable, avx2, avx512, avx512_vnni, avx512_bf16 };
 
-// The best one that this processor has and the environment variable QQUANT_CPU_ISA (portable, avx2 or avx512) allows.
-// Read once. Throws std::runtime_error on any other value.
+// The best one that this processor has and the environment variable QQUANT_CPU_ISA allows: the name of an
+// instruction set as name_of gives it. Read once. Throws std::runtime_error on any other value.
 Isa isa();
 
 const char* name_of(Isa isa);

@@ -192,8 +192,8 @@ std::int64_t first_row_of_tile(const Attention& a, std::int64_t tile) {
 
 const AttentionKernels& attention_kernels() {
 #if QQ_X86
-  if (isa() == Isa::avx512_vnni) return kAttentionAvx512;
-  if (isa() == Isa::avx2) return kAttentionAvx2;
+  if (isa() >= Isa::avx512_vnni) return kAttentionAvx512;
+  if (isa() >= Isa::avx2) return kAttentionAvx2;
 #endif
   return kAttentionPortable;
 }

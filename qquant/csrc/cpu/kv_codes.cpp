@@ -70,8 +70,8 @@ const CodeKernels kCodesPortable = {encode, decode};
 
 const CodeKernels& code_kernels() {
 #if QQ_X86
-  if (isa() == Isa::avx512_vnni) return kCodesAvx512;
-  if (isa() == Isa::avx2) return kCodesAvx2;
+  if (isa() >= Isa::avx512_vnni) return kCodesAvx512;
+  if (isa() >= Isa::avx2) return kCodesAvx2;
 #endif
   return kCodesPortable;
 }

@@ -1,6 +1,7 @@
 // Quantizes new keys or values into an Int8 cache: one range per vector, codes on the rounded grid. The arithmetic is
 // that of kv_ops.choose_range and kv_ops.encode, operation by operation and none fused, so that the bits are the same.
 
+#include "kv_launch.h"
 #include "numbers.h"
 
 namespace qquant {

@@ -1,6 +1,7 @@
 // Recovers a stretch of an Int8 cache: scale * (code - zero) in float32, neither operation fused, rounded once to the
 // wanted type. The bits are those of kv_ops.decode.
 
+#include "kv_launch.h"
 #include "numbers.h"
 
 namespace qquant {

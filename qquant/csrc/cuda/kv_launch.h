@@ -1,14 +1,9 @@
 // The door between torch and the kernels of the Int8 KV cache: plain structs and C functions, known to both sides.
-// Needs neither torch nor CUDA headers, so that ops_cuda.cpp, the kernels and the tests' harness can all include it.
-//
-// Every launcher returns the launch's error code, 0 for none; what it launched may still be running. Strides count
-// elements. The caller has checked shapes; a launcher checks only what decides which kernel is right.
+// ops_cuda.cpp, the kernels and the tests' harness all include it. Strides count elements.
 
 #pragma once
 
-#include <cstdint>
-
-enum QqDtype : int32_t { kQqFloat32 = 0, kQqFloat16 = 1, kQqBfloat16 = 2 };
+#include "launch.h"
 
 // One half of a cache, keys or values: codes [B, H, T, D] uint8 with the last stride 1, scale and zero [B, H, T]
 // float16.
@@ -52,8 +47,6 @@ struct QqAttention {
   int32_t splits;  // of qq_kv_attention_splits, or any other count from 1 on
   float scaling;
 };
-
-#define QQ_LAUNCHER extern "C"
 
 QQ_LAUNCHER int qq_kv_append(const QqAppend* args, void* stream);
 QQ_LAUNCHER int qq_kv_dequantize(const QqDequantize* args, void* stream);

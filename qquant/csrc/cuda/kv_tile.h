@@ -14,6 +14,7 @@
 
 #include <type_traits>
 
+#include "kv_launch.h"
 #include "numbers.h"
 #include "ptx.h"
 

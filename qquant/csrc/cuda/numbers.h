@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../qq_cuda.h"
-#include "kv_launch.h"
+#include "launch.h"
 
 namespace qquant {
 

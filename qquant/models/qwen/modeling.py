@@ -341,7 +341,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin, QWenChat):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        # On a CPU torch copies the weight once for every sequence of a strided input.
+        logits = self.lm_head(outputs.last_hidden_state[:, keep].contiguous())
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
