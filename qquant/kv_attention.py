@@ -159,7 +159,7 @@ def use_decode_kernel(model: torch.nn.Module) -> list[str]:
     """Let a bfloat16 model on a CPU attend by ``plain_attention`` when it takes one token per sequence, in place.
 
     Args:
-        model: of transformers, with its config.
+        model: any; what has no config of transformers is left alone.
 
     Returns:
         Lines to print: what attends, or why that stays torch; none where the kernel could not serve the model.
@@ -167,8 +167,8 @@ def use_decode_kernel(model: torch.nn.Module) -> list[str]:
     first = next(model.parameters(), None)
     if first is None or first.device.type != "cpu" or first.dtype != torch.bfloat16:
         return []
-    config: Any = model.config
-    if not plain_attention.kernel_is_live() or not adopt(config.get_text_config(decoder=True)):
+    text_config = getattr(getattr(model, "config", None), "get_text_config", None)  # not every module is transformers'
+    if text_config is None or not plain_attention.kernel_is_live() or not adopt(text_config(decoder=True)):
         return []
     return ["attention (bfloat16): decode_attention for 1 token, torch for more"]
 

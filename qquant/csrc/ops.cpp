@@ -214,11 +214,12 @@ Tensor kv_decode_attention(const Tensor& query, const Tensor& k_codes, const Ten
   return out;
 }
 
-// Which instruction set the kernels run with on this processor.
+// The best instruction set that the kernels may use on this processor; one that has no code for it uses less.
 std::string cpu_kernel_info() {
   const std::string name = qquant::name_of(qquant::isa());
   std::string text;
-  for (const char* op : {"kv_append", "kv_dequantize", "kv_decode_attention", "panel_linear", "panel_weights"})
+  for (const char* op : {"kv_append", "kv_dequantize", "kv_decode_attention", "panel_linear", "panel_weights",
+                         "dense_linear", "rms_norm", "decode_attention"})
     text += (text.empty() ? "" : ", ") + std::string(op) + ": " + name;
   return text;
 }
