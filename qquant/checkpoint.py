@@ -24,7 +24,7 @@ from qquant.adapter_settings import CONFIG_NAME
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.errors import BadModelError, NumericError, QquantError, UsageError
 from qquant.gptq_keys import METHOD, GptqFileConfig, check_keys
-from qquant.hf_plugin import GptqLoader, _say, swap_linears
+from qquant.hf_plugin import GptqLoader, say_kernels, swap_linears
 from qquant.json_files import read_json, write_json
 from qquant.kv_cache_quant import enable_as_configured
 from qquant.linear_kernels import Kernel, wished
@@ -346,7 +346,7 @@ def load_quantized(
     if plain:  # otherwise the plug-in has done so
         enable_as_configured(model)
     if head_bits is not None:
-        _say([round_head(model, bits=head_bits, kernel=kernel)])
+        say_kernels([round_head(model, bits=head_bits, kernel=kernel)])
     return model
 
 

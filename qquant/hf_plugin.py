@@ -41,7 +41,7 @@ from qquant.sources import computed_by_model
 _log = logging.getLogger("qquant")
 _kernel_log = logging.getLogger("qquant.kernels")
 if _kernel_log.level == logging.NOTSET:
-    _kernel_log.setLevel(logging.INFO)  # shown unless somebody asks for less: see _say
+    _kernel_log.setLevel(logging.INFO)  # shown unless somebody asks for less: see say_kernels
 
 _STREAMED = ("qweight", "qzeros", "scales")
 """What we read ourselves. The rest of a layer is small, and where transformers puts it says where the layer goes."""
@@ -108,7 +108,7 @@ class GptqLoader(HfQuantizer):
         if streamed:
             _leave_files(model, self._reader)
         check_values(model)
-        _say(attach_kernels(model, self._fill if streamed else None))
+        say_kernels(attach_kernels(model, self._fill if streamed else None))
         assert not self._aside, f"never read: {sorted(self._aside)}"
         self._reader, self._left_out = None, {}
         enable_as_configured(model)
@@ -356,7 +356,7 @@ def _leave_files(model: Any, reader: CheckpointReader) -> None:
                     tensor.data = own  # the very parameter stays, as others may be tied to it
 
 
-def _say(lines: list[str]) -> None:
+def say_kernels(lines: list[str]) -> None:
     """Log lines that a user is to see. Where nothing shows logs, as in a plain script, they go to stderr.
 
     ``logging.getLogger("qquant.kernels").setLevel("WARNING")`` silences them.

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,3 +262,12 @@ def pytest_sessionfinish(exitstatus: int) -> None:
             "tests": _OUTCOMES,
         }
         Path(target).write_text(json.dumps(record, indent=2) + "\n")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Kernels of this test may share their work between two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

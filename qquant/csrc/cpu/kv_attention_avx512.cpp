@@ -3,6 +3,7 @@
 // A fixed-point vector X is two arrays of int8, hi and lo with X = 256 * hi + lo: two dot products of bytes give its
 // exact product with the codes.
 
+#include "bfloat16_vectors.h"
 #include "isa.h"
 #include "kv_attention.h"
 
@@ -57,12 +58,7 @@ QQ_AVX512 void store(const float* data, std::int64_t count, Real dtype, void* ou
     if (dtype == Real::float16) {
       half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     } else {
-      const __m512i raw = _mm512_castps_si512(x);
-      const __m512i even = _mm512_and_si512(_mm512_srli_epi32(raw, 16), _mm512_set1_epi32(1));
-      const __m512i rounded = _mm512_add_epi32(raw, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-      const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-      half = _mm512_cvtepi32_epi16(
-          _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+      half = bfloat16_of(x);
     }
     _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, here, half);
   }

@@ -1,5 +1,6 @@
 // Quantizing and dequantizing for AVX2 and F16C: the ranges of 8 vectors are chosen side by side.
 
+#include "bfloat16_vectors.h"
 #include "isa.h"
 #include "kv_codes.h"
 
@@ -37,12 +38,7 @@ QQ_AVX2 QQ_INLINE void store(void* data, std::int64_t at, __m256 x) {
   if (DTYPE == Real::float16) {
     half = _mm256_cvtps_ph(x, kNearest);
   } else {
-    const __m256i raw = _mm256_castps_si256(x);
-    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(raw, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
-    half = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+    half = bfloat16_of(x);
   }
   _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<std::uint16_t*>(data) + at), half);
 }

@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "kv_attention.h"
+#include "transpose_avx512.h"
 
 #if QQ_X86
 
@@ -89,30 +90,6 @@ QQ_AVX512 void score_one(const std::int8_t* fixed, const std::uint8_t* codes, st
   if (t < tokens)
     _mm512_storeu_si512(scores + t,
                         score_sixteen<BLOCKS, MASKED, false>(hi, lo, codes + t * stride, stride, tokens - t, tail));
-}
-
-// Transposes 16 x 16 int32.
-QQ_AVX512 QQ_INLINE void transpose(__m512i x[16]) {
-  __m512i y[16];
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
-    y[i] = _mm512_unpacklo_epi64(a, c);
-    y[i + 1] = _mm512_unpackhi_epi64(a, c);
-    y[i + 2] = _mm512_unpacklo_epi64(b, d);
-    y[i + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    const __m512i a = _mm512_shuffle_i32x4(y[k], y[4 + k], 0x88), b = _mm512_shuffle_i32x4(y[k], y[4 + k], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(y[8 + k], y[12 + k], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(y[8 + k], y[12 + k], 0xdd);
-    x[k] = _mm512_shuffle_i32x4(a, c, 0x88);
-    x[8 + k] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    x[4 + k] = _mm512_shuffle_i32x4(b, d, 0x88);
-    x[12 + k] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
 }
 
 // 64 columns of 16 tokens, turned: vector i holds columns 4i to 4i + 3 of every token. Only `left` tokens exist; the

@@ -14,6 +14,7 @@
 
 #pragma once
 
+#include "bfloat16_vectors.h"
 #include "isa.h"
 #include "linear.h"
 
@@ -104,15 +105,6 @@ QQ_AVX512 QQ_INLINE __m512 add_block(__m512 total, __m512i sum, __m512 scale, fl
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(step)), total);
 }
 
-QQ_AVX512 QQ_INLINE __m256i to_bfloat16(__m512 value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i rounded = _mm512_srli_epi32(up, 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
-}
-
 // Where the results of one panel go.
 struct PanelOut {
   char* out;            // of token 0
@@ -139,7 +131,7 @@ QQ_AVX512 QQ_INLINE void store_results(const PanelOut& to, std::int64_t token, _
   else if (to.dtype == Real::float16)
     _mm256_mask_storeu_epi16(place, to.rows, _mm512_cvtps_ph(total, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   else
-    _mm256_mask_storeu_epi16(place, to.rows, to_bfloat16(total));
+    _mm256_mask_storeu_epi16(place, to.rows, bfloat16_of(total));
 }
 
 }  // namespace qquant

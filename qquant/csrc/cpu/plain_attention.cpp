@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "bfloat16_vectors.h"
 #include "isa.h"
 
 namespace qquant {
@@ -26,12 +27,7 @@ QQ_AVX512_PLAIN QQ_INLINE __m512 widened(const std::uint16_t* data, __mmask16 he
 }
 
 QQ_AVX512_PLAIN QQ_INLINE void store(std::uint16_t* data, __mmask16 here, __m512 x) {
-  const __m512i raw = _mm512_castps_si512(x);
-  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(raw, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(raw, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i bits = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
-  _mm256_mask_storeu_epi16(data, here, _mm512_cvtepi32_epi16(bits));
+  _mm256_mask_storeu_epi16(data, here, bfloat16_of(x));
 }
 
 // 2^x for x <= 0; the series of 2^r for |r| <= 1/2 ends where its next term is below 2^-27.
