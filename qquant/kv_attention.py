@@ -201,6 +201,7 @@ def _register(base: str) -> None:
         )
         return result
 
+    attention.attends_plain = True  # type: ignore[attr-defined]
     AttentionInterface.register(PREFIX + base, attention)
     AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qquant.decoder_step import use_decoder_step
 from qquant.dense_linear import use_dense_kernel
 from qquant.errors import BadModelError, UsageError
 from qquant.kv_attention import use_decode_kernel
@@ -115,7 +116,8 @@ def attach_kernels(model: nn.Module, fill: Fill | None = None) -> list[str]:
             found[_line(choice)] += 1
             told.update(step.why for step in choice.steps if step.implementation is Implementation.REFERENCE)
     lines = [line.format(f"{count} linear{'s' if count > 1 else ''}") for line, count in found.items()]
-    return [*lines, *use_dense_kernel(model), *use_norm_kernel(model), *use_decode_kernel(model)]
+    lines += [*use_dense_kernel(model), *use_norm_kernel(model), *use_decode_kernel(model)]
+    return lines + use_decoder_step(model)
 
 
 def _sets(model: nn.Module, names: list[str]) -> Iterator[list[str]]:

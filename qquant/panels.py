@@ -76,6 +76,11 @@ class Siblings(Protocol):
     whole: bool
     """Whether one call computes them all."""
 
+    @property
+    def panels(self) -> PanelTensors:
+        """Those of all of them, side by side."""
+        ...
+
     def of(self, index: int) -> PanelTensors:
         """The panels of one of them."""
         ...

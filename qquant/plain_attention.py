@@ -130,6 +130,11 @@ def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, optio
     )
 
 
+def takes(options: Mapping[str, Any]) -> bool:
+    """Whether the kernel knows all options of a call that change the result."""
+    return _LIVE and not options.get("dropout") and all(options.get(name) is None for name in _FOREIGN)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor, None]:

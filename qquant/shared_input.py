@@ -49,6 +49,11 @@ class SharedInput:
         ends = list(accumulate(self._counts))
         return [self._panels.rows(end - count, end) for end, count in zip(ends, self._counts, strict=True)]
 
+    @property
+    def panels(self) -> PanelTensors:
+        """Those of all siblings, side by side."""
+        return self._panels
+
     def of(self, index: int) -> PanelTensors:
         """The part of one sibling."""
         return self._slices[index]

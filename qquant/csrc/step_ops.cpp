@@ -10,6 +10,7 @@
 
 #include "cpu/plain_attention.h"
 #include "cpu/rms_norm.h"
+#include "step_ops.h"
 #include "tensor_checks.h"
 
 namespace {
@@ -77,7 +78,9 @@ std::optional<Tensor> take_mask(const std::optional<Tensor>& given, qquant::Plai
   return mask;
 }
 
-Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+}  // namespace
+
+Tensor qquant::decode_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                         double scaling) {
   qquant::PlainAttention problem{};
   const qquant::PlainStates asked = states_of(query, "query");
@@ -115,8 +118,6 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
   return out;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(qquant, m) { m.def("decode_attention_is_here() -> bool"); }
 
 STABLE_TORCH_LIBRARY_IMPL(qquant, CompositeExplicitAutograd, m) {
@@ -125,5 +126,5 @@ STABLE_TORCH_LIBRARY_IMPL(qquant, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qquant, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("decode_attention", TORCH_BOX(&qquant::decode_attention));
 }

@@ -70,6 +70,11 @@ _QWEN_V1 = Layout(
 _KNOWN = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PRE_NORM_DECODER), "qwen": _QWEN_V1}
 
 
+def known_layout(model_type: str) -> Layout | None:
+    """The table's description of a family, None of any other."""
+    return _KNOWN.get(model_type)
+
+
 def find_layout(model: nn.Module, model_type: str) -> Layout:
     """Describe where a model's blocks are.
 
