@@ -40,9 +40,9 @@ FLOORS = {
         "compat.script_inputs",
     },
     6: {"sources", "capture"},
-    5: {"models.qwen.modeling"},
+    5: {"model_kernels", "models.qwen.modeling"},
     4: {
-        "model_kernels",
+        "decoder_step",
         "rounded_head",
         "kv_cache_quant",
         "merging",
@@ -57,6 +57,7 @@ FLOORS = {
     },
     3: {
         "linear",
+        "layer_ops",
         "kv_layer",
         "long_context",
         "adapter",
@@ -116,6 +117,7 @@ FLOORS = {
         "linear_torch",
         "panels",
         "plain_attention",
+        "cache_room",
         "affine",
         "packing",
         "config",
