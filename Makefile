@@ -5,11 +5,13 @@
 #   VENV=.venv          where the environment is
 #   TORCH=torch==2.13.0 which torch is installed, before everything else
 #   QQUANT_NATIVE=auto  0: build no native module; 1: fail if one cannot be built
+#   WORKERS=2           how many processes share the tests, up to 1 GB of memory each; 0: all in one process
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+WORKERS ?= 2
 OUT ?= gpu-out
 
 PY := $(VENV)/bin/python
@@ -68,8 +70,10 @@ install: $(STAMP)-package
 quickstart: $(STAMP)-package
 	@$(PY) examples/quickstart.py
 
+# A file's tests stay in one process, since they share models and compiled programs; files go out in their order, so
+# that the short ones at the end even out what the long ones took.
 test: $(STAMP)-package $(STAMP)-dev $(STAMP)-vocabulary
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(STAMP)-package $(STAMP)-dev
 	$(PY) -m ruff check .
@@ -81,7 +85,7 @@ format: $(STAMP)-dev
 	$(PY) -m ruff format .
 
 sanitize: $(STAMP)-package $(STAMP)-dev
-	$(PY) -m pytest -q tests/test_linear_sanitized.py tests/test_step_sanitized.py
+	$(PY) -m pytest -q tests/test_linear_sanitized.py tests/test_step_sanitized.py tests/test_pack_sanitized.py
 
 interop: $(STAMP)-package
 	QQUANT_PYTHON="$(PY)" bash tests/interop/run.sh

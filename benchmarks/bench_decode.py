@@ -1,15 +1,17 @@
 """Tokens per second of whole models on a CPU: BF16, Int8 and Int4, with and without the Int8 cache, and llama.cpp's.
 
-Weights are random, at the real shapes; what a model says means nothing. A run is a prompt of 64 tokens and then single
-greedy steps; models and caches take turns, llama.cpp in a process of its own among them, so that all meet the same
-machine. With one thread the clock is that thread's CPU time, with more it is the wall's. The roofline is what the
-weights that a token needs take to be read, at the read bandwidth of one thread probed in every round.
+llama.cpp's Q8_0 and Q4_0 files keep the output projection in 6 to 8 bits, so that models with an int8 head are those to
+compare with them. Weights are random, at the real shapes; what a model says means nothing. A run is a prompt of 64
+tokens and then single greedy steps; models and caches take turns, llama.cpp in a process of its own among them, so that
+all meet the same machine. With one thread the clock is that thread's CPU time, with more it is the wall's. The roofline
+is what the weights that a token needs take to be read, at the read bandwidth of one thread probed in every round.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import statistics
 import sys
@@ -30,6 +32,7 @@ from qquant.measure import step_fn
 from qquant.models.sizes import size_config
 from qquant.random_models import config_from_dict, random_model
 from qquant.records import Precision
+from qquant.rounded_head import group_of, round_head
 from qquant.shapes import model_shapes
 from qquant.stored_bytes import BITS, ModelShapes
 
@@ -77,13 +80,26 @@ def our_contestants(config: dict[str, Any], threads: int) -> list[Contestant]:
         for cache in CACHES:
             name = f"{precision} with int8 cache" if cache == "int8" else precision
             found.append(Contestant(name, precision, needed, our_run(model, cache, threads)))
+        if precision in BITS:
+            needed = bytes_per_token(shapes, precision, int8_head=True)
+            name = f"{precision} with int8 head"
+            found.append(Contestant(name, precision, needed, our_run(with_int8_head(model), "bf16", threads)))
         gc.collect()
     return found
 
 
-def bytes_per_token(shapes: ModelShapes, precision: Precision) -> int:
-    """What one step reads: linears of the blocks, with a scale for each group, and the head, which stays bfloat16."""
-    head = 2 * shapes.vocabulary * shapes.hidden
+def with_int8_head(model: Any) -> Any:
+    """The model with its output projection in 8 bits; all else is shared with it."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    round_head(other)
+    return other
+
+
+def bytes_per_token(shapes: ModelShapes, precision: Precision, *, int8_head: bool = False) -> int:
+    """What one step reads: linears of the blocks and the head, with a scale for each group of those in few bits."""
+    columns = shapes.hidden
+    head = shapes.vocabulary * (columns + 2 * columns // group_of(columns) if int8_head else 2 * columns)
     if precision not in BITS:
         return head + sum(2 * each.weights for each in shapes.linears)
     scales = sum(-(-each.inputs // GROUP) * each.outputs * 2 for each in shapes.linears)
@@ -167,7 +183,7 @@ def print_row(name: str, row: dict[str, Any]) -> None:
     """The lines of one model."""
     cells, speed = row["contestants"], row["speed"]
     for label, cell in cells.items():
-        beside = next((key for key, form in FORMATS.items() if form == label), None)
+        beside = next((key for key, form in FORMATS.items() if label in (form, f"{form} with int8 head")), None)
         other = cells.get(f"llama.cpp {beside}")
         against = f"{cell[speed] / other[speed]:.2f}" if other else ("not measured" if beside else "")
         print(

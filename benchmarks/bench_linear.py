@@ -1,18 +1,22 @@
-"""Packed linears on a CPU against torch, oneDNN and gptqmodel at the shapes of known models, in turns, one thread.
+"""Packed linears on a CPU against torch, oneDNN, gptqmodel and llama.cpp at the shapes of known models, one thread.
 
 A row is a stage of a block (q/k/v, o, gate/up, down) at one count of tokens, Int4 and Int8 with groups of 128, bfloat16
 activations. Every contestant goes through so many copies of its weights that they come from memory; all weights may use
-pages of 2 MB (torch's switch THP_MEM_ALLOC_ENABLE, set here for every side). How fast one thread reads memory is probed
-before and after each row, how fast it multiplies once. A run that was cut off goes on where it ended (--out).
+pages of 2 MB (torch's switch THP_MEM_ALLOC_ENABLE, set here for all sides). Where tokens are few, plain reading of such
+memory takes turns with the products. Shares of its speed, and how many times as fast one contestant is as another, are
+the middle of what the rounds say: other work on the machine slows a round for all. How fast one thread multiplies is
+probed once. A run that was cut off goes on where it ended (--out).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 
-from benchmarks.linear_contestants import Side, Stage, sides_of, stages_of
-from benchmarks.turns import Contestant, Peer, PeerError, Record, median_ms, read_bandwidth, setting_of, take_turns
+from benchmarks.linear_contestants import READING, Side, Stage, sides_of, stages_of
+from benchmarks.turns import Contestant, Peer, PeerError, Record, median_ms, setting_of, take_turns, times_as_fast
 from qquant import _native
 from qquant.models.sizes import size_config
 
@@ -40,6 +44,8 @@ FEW_TOKENS = 8
 
 FASTEST_TORCH = ("torch bf16", "torch int4pack", "torch int8pack")
 SHOWN = ("torch bf16", "torch int4pack", "torch int8pack", "oneDNN int8")
+LLAMACPP = {4: "llama.cpp Q4_0", 8: "llama.cpp Q8_0"}
+"""Beside the bits of ours that each is compared with."""
 
 
 def cut(stage: Stage, tokens: int) -> Stage:
@@ -50,39 +56,51 @@ def cut(stage: Stage, tokens: int) -> Stage:
     return replace(stage, widths=tuple(-(-int(width * share) // 64) * 64 for width in stage.widths))
 
 
-def measure(stage: Stage, sides: list[Side], tokens: int, before: float, host: Any, args: argparse.Namespace) -> Any:
-    """One row as it goes into the record; ``before`` is the read bandwidth at its beginning."""
+def takes_part(name: str, tokens: int) -> bool:
+    """Whether a contestant is measured: a tile unpacks for nothing where there is little to multiply."""
+    if name == READING:
+        return tokens <= FEW_TOKENS
+    return tokens >= 4 or "tile" not in name
+
+
+def measure(stage: Stage, sides: list[Side], tokens: int, args: argparse.Namespace) -> Any:
+    """One row as it goes into the record."""
     x = torch.randn(tokens, stage.in_features).bfloat16()
-    taking_part = [side for side in sides if tokens >= 4 or "tile" not in side.name]  # it unpacks for nothing there
+    taking_part = [side for side in sides if takes_part(side.name, tokens)]
     contestants: list[Contestant] = [side.start(x) for side in taking_part]
     with torch.inference_mode():
         times = take_turns(contestants, args.seconds)
-    after = read_bandwidth(host)
-    bandwidth = (before + after) / 2
+    read_bytes = next((side.layer_bytes for side in taking_part if side.name == READING), 0)
     cells = {}
     for side in taking_part:
         took = median_ms(times[side.name])
-        gb_per_s, gmac_per_s = 1e-6 * side.layer_bytes / took, 1e-6 * tokens * stage.weights / took
-        if tokens <= FEW_TOKENS:
-            share: float | None = gb_per_s / bandwidth
+        gmac_per_s = 1e-6 * tokens * stage.weights / took
+        if read_bytes:
+            share: float | None = times_as_fast(times[side.name], times[READING]) * side.layer_bytes / read_bytes
         else:
             share = gmac_per_s / args.rates[side.limit] if side.limit in args.rates else None
         cells[side.name] = {
             "ms": took,
             "fastest_ms": 1e3 * min(times[side.name]),
             "turns": len(times[side.name]),
-            "gb_per_s": gb_per_s,
+            "gb_per_s": 1e-6 * side.layer_bytes / took,
             "gmac_per_s": gmac_per_s,
             "share_of_limit": share,
+            "times_as_fast_as": {
+                name: times_as_fast(times[side.name], times[name])
+                for name in (*SHOWN, *LLAMACPP.values())
+                if name != side.name and name in times
+            },
         }
+    reading = cells.pop(READING, None)
     return {
         "model": stage.model,
         "stage": stage.name,
         "in_features": stage.in_features,
         "widths": stage.widths,
         "tokens": tokens,
-        "limit": "read bandwidth" if tokens <= FEW_TOKENS else "rate of products",
-        "read_bandwidth_gb_per_s": [before, after],
+        "limit": "read bandwidth" if reading else "rate of products",
+        "read_bandwidth_gb_per_s": reading and reading["gb_per_s"],
         "product_rates_gmac_per_s": args.rates,
         "contestants": cells,
     }
@@ -102,15 +120,16 @@ def line_of(row: dict[str, Any]) -> str:
     peers = {name: cell["ms"] for name, cell in cells.items() if name.startswith("gptqmodel")}
     shown = [row["model"], row["stage"], f"{row['in_features']} x {'+'.join(map(str, row['widths']))}"]
     shown += [str(row["tokens"]), *map(ms, SHOWN), f"{min(peers.values()):.3g}" if peers else "not measured"]
+    shown += [ms(name) if name in cells else "not measured" for name in LLAMACPP.values()]
     for bits in (4, 8):
         chosen = f"int{bits} auto"
         shown += [ms(f"int{bits} exact"), ms(f"int{bits} tile"), ms(f"int{bits} int8 activations")]
-        shown += [ms(chosen), share(chosen), f"{cells['torch bf16']['ms'] / cells[chosen]['ms']:.2f}"]
+        shown += [ms(chosen), share(chosen), f"{cells[chosen]['times_as_fast_as']['torch bf16']:.2f}"]
     return f"| {' | '.join(shown)} |"
 
 
 HEADER = (
-    ["model", "stage", "shape", "tokens", *SHOWN, "gptqmodel's fastest"]
+    ["model", "stage", "shape", "tokens", *SHOWN, "gptqmodel's fastest", *LLAMACPP.values()]
     + [f"Int{bits} {what}" for bits in (4, 8) for what in ("exact", "tile", "int8 act.", "auto", "share", "x bf16")]
 )  # fmt: skip
 
@@ -120,16 +139,16 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
 
     def ratios(tokens: range, ours: str, others: tuple[str, ...], models: tuple[str, ...] = MODELS) -> list[float]:
         return [
-            min(row["contestants"][other]["ms"] for other in others) / row["contestants"][ours]["ms"]
+            min(row["contestants"][ours]["times_as_fast_as"][other] for other in others)
             for row in rows
-            if row["tokens"] in tokens and row["model"] in models
+            if row["tokens"] in tokens and row["model"] in models and row["contestants"].keys() >= {*others}
         ]
 
     def shares(ours: str, models: tuple[str, ...]) -> list[float]:
         chosen = [row for row in rows if row["tokens"] == 1 and row["model"] in models]
         return [row["contestants"][ours]["share_of_limit"] for row in chosen]
 
-    sevens, many = ("qwen-7b",), range(16, 1025)
+    sevens, few, many = ("qwen-7b",), range(1, FEW_TOKENS + 1), range(16, 1025)
     asked = [
         ("1 token, Qwen-7B: Int4's share of read bandwidth, 0.75 asked", shares("int4 auto", sevens)),
         ("or Int4 over torch's int4pack, 1.5 asked", ratios(range(1, 2), "int4 auto", ("torch int4pack",), sevens)),
@@ -146,6 +165,11 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
                 f"16 to 1024: Int{bits} with int8 activations over oneDNN int8, 0.85 asked",
                 ratios(many, f"int{bits} int8 activations", ("oneDNN int8",)),
             ),
+            (f"1 to 8: Int{bits} over {LLAMACPP[bits]}", ratios(few, f"int{bits} auto", (LLAMACPP[bits],))),
+            (
+                f"16 to 1024: Int{bits} with int8 activations over {LLAMACPP[bits]}",
+                ratios(many, f"int{bits} int8 activations", (LLAMACPP[bits],)),
+            ),
         ]
     return [
         f"{text}: median {statistics.median(found):.2f}, least {min(found):.2f} of {len(found)}" if found
@@ -154,15 +178,15 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
-def start_peer(python: Path | None) -> Peer | None:
-    """The process of gptqmodel, or None with a line that says why."""
+def start_peer(name: str, option: str, python: Path | None, script: str) -> Peer | None:
+    """The process of another tool, or None with a line that says why."""
     if python is None:
-        print("gptqmodel: not measured (--gptqmodel-python names the Python of an environment that has it)")
+        print(f"{name}: not measured ({option} names the Python of an environment that has it)")
         return None
     try:
-        return Peer(python, "peer_gptqmodel_linear.py", environment={"OMP_NUM_THREADS": "1"})
+        return Peer(python, script, environment={"OMP_NUM_THREADS": "1"})
     except PeerError as error:
-        print(f"gptqmodel: not measured, {error}")
+        print(f"{name}: not measured, {error}")
         return None
 
 
@@ -173,21 +197,18 @@ def wanted_stages(args: argparse.Namespace) -> list[Stage]:
     return [stage for stage in stages if not args.quick or stage.name in QUICK.get(stage.model, (stage.name,))]
 
 
-def run_stage(stage: Stage, counts: list[int], peer: Peer | None, host: Any, record: Record, args: Any) -> None:
+def run_stage(stage: Stage, counts: list[int], peers: Sequence[Peer | None], record: Record, args: Any) -> None:
     """Measure one stage at all counts of tokens; weights are made anew only where the stage is cut."""
     made: tuple[Stage, list[Side]] | None = None
-    bandwidth = 0.0
     for tokens in counts:
         part = cut(stage, tokens)
         if made is None or made[0] != part:
             made = None  # the last ones are freed before the next are made
-            made = (part, sides_of(part, args.cache_bytes if part == stage else 0, peer))
-            bandwidth = read_bandwidth(host)
+            made = (part, sides_of(part, args.cache_bytes if part == stage else 0, *peers))
             # The first row on fresh weights was seen to be slow for some contestants.
             if tokens <= FEW_TOKENS:
-                measure(part, made[1], tokens, bandwidth, host, args)
-        row = measure(part, made[1], tokens, bandwidth, host, args)
-        bandwidth = row["read_bandwidth_gb_per_s"][1]
+                measure(part, made[1], tokens, args)
+        row = measure(part, made[1], tokens, args)
         record.add(f"{stage.model} {stage.name} {tokens}", row)
         print(line_of(row), flush=True)
 
@@ -199,6 +220,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", help="only these counts of tokens")
     parser.add_argument("--seconds", type=float, default=0.1, help="for each contestant of a row (default 0.1)")
     parser.add_argument("--gptqmodel-python", type=Path, help="Python of an environment that has gptqmodel")
+    parser.add_argument("--llamacpp-python", type=Path, help="Python of an environment with llama-cpp-python")
     parser.add_argument("--out", type=Path, help="JSON file, written row by row; rows that it has are not repeated")
     args = parser.parse_args()
     host = _native.host()
@@ -208,21 +230,26 @@ def main() -> None:
     torch.manual_seed(0)
     args.cache_bytes = max(host.last_level_cache_bytes(), 32 << 20)
     args.rates = host.product_rates()
-    peer = start_peer(args.gptqmodel_python)
-    versions = None if peer is None else peer.about
-    record = Record(args.out, setting_of("bench_linear.py", host, peer=versions))
+    peers = [
+        start_peer("gptqmodel", "--gptqmodel-python", args.gptqmodel_python, "peer_gptqmodel_linear.py"),
+        start_peer("llama.cpp", "--llamacpp-python", args.llamacpp_python, "peer_llamacpp_linear.py"),
+    ]
+    about = [peer.about for peer in peers if peer is not None]
+    record = Record(args.out, setting_of("bench_linear.py", host, peers=about))
 
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in args.rates.items())
     print(f"Milliseconds. Share: of read bandwidth up to {FEW_TOKENS} tokens, above of the rate of bfloat16 products;")
-    print(f"multiply-adds of one thread, 1e9 per second: {rates}.\n")
+    print(f"multiply-adds of one thread, 1e9 per second: {rates}.")
+    print(f"Peers: {json.dumps(about) if about else 'none'}.\n")
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     began = time.perf_counter()
     for stage in wanted_stages(args):
         counts = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
         left = [tokens for tokens in counts if f"{stage.model} {stage.name} {tokens}" not in record.rows]
-        run_stage(stage, left, peer, host, record, args)
-    if peer is not None:
-        peer.close()
+        run_stage(stage, left, peers, record, args)
+    for peer in peers:
+        if peer is not None:
+            peer.close()
     print("\n" + "\n".join(verdicts(list(record.rows.values()))))
     print(f"\nMade in {time.perf_counter() - began:.0f} s by: `{record.setting['commands'][-1]}`")
 

@@ -2,18 +2,14 @@
 
 Ceilings first: a copy (bytes read plus bytes written) and a read of one gigabyte. Then each operator as GB/s of the
 bytes that it must move, each input once and each output once, and as a share of the measured copy. Times are medians of
-CUDA events over runs that each begin with a cache full of other data; a fast operator is repeated within a run, over
-inputs that together exceed that cache.
+CUDA events over replays of a graph that each begin with a cache full of other data; a graph goes through several copies
+of a small input, because its launch takes as long as a fast operator.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +18,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qquant import _native, kv_ops
-
-RUNS = 21
-GIGABYTE = 10**9
+from benchmarks.on_gpu import (
+    MOST_COPIES,
+    ceilings,
+    copies_of,
+    flush_buffer,
+    graphed,
+    median_ms,
+    new_record,
+    rate,
+    require_kernels,
+    write_record,
+)
+from qquant import kv_ops
 
 
 class Case(NamedTuple):
@@ -63,55 +68,6 @@ CASES = [
 ]
 
 
-def median_ms(run: Callable[[], object], flush: Tensor) -> dict[str, float]:
-    """Median, fastest and slowest of RUNS timed calls, each after ``flush`` has filled the GPU's cache."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(RUNS):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
-
-
-def graphed(run: Callable[[], object]) -> Callable[[], None]:
-    """``run`` as a CUDA graph, so that small kernels are timed and not their launches."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def rate(times: dict[str, float], moved: int, copy_gb_s: float | None = None) -> dict[str, float]:
-    """Times with the rate they mean for ``moved`` bytes, and its share of the measured copy."""
-    result = dict(times)
-    result["gb_s"] = moved / times["median_ms"] / 1e6
-    if copy_gb_s:
-        result["share_of_copy"] = result["gb_s"] / copy_gb_s
-    return {name: round(value, 5) for name, value in result.items()}
-
-
-def ceilings(flush: Tensor) -> dict[str, Any]:
-    """GB/s of a copy and of a read; the sum of 32-bit words is the read that torch does fastest."""
-    source = torch.randint(0, 255, (GIGABYTE,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    words = source.view(torch.float32)
-    return {
-        "copy": rate(median_ms(lambda: target.copy_(source), flush), 2 * GIGABYTE),
-        "read": rate(median_ms(lambda: words.amax(), flush), GIGABYTE),
-    }
-
-
 def random_cache(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     shape = (case.batch, case.kv_heads, case.tokens)
     codes = torch.randint(0, 256, (*shape, case.dim), dtype=torch.uint8, device="cuda")
@@ -122,37 +78,33 @@ def random_cache(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def attention(case: Case, copy_gb_s: float, flush: Tensor) -> dict[str, Any]:
     """Our attention over Int8, checked against float32 on the first sequence, and torch's over bfloat16 if it fits."""
     query = torch.randn(case.batch, case.heads, 1, case.dim, dtype=torch.bfloat16, device="cuda")
-    cache = (*random_cache(case), *random_cache(case))
-    scaling = case.dim**-0.5
+    caches = [(*random_cache(case), *random_cache(case)) for _ in range(copies_of(case.int8_bytes))]
+    scaling, copies = case.dim**-0.5, len(caches)
 
-    def ours() -> Tensor:
+    def ours(cache: tuple[Tensor, ...]) -> Tensor:
         out: Tensor = kv_ops.decode_attention(query, *cache, None, scaling)
         return out
 
-    first = [part[:1] for part in cache]
+    first = [part[:1] for part in caches[0]]
     want = kv_ops.attention_reference(query[:1].float(), *first, None, scaling)  # type: ignore[call-arg,arg-type]
-    error = ((ours()[:1].float() - want).norm() / want.norm()).item()
-    row: dict[str, Any] = {**case._asdict(), "relative_error": error}
-    row["int8"] = rate(median_ms(graphed(ours), flush), case.int8_bytes, copy_gb_s)
-    keys, values = (
-        (kv_ops.dequantize(*cache[i : i + 3], torch.bfloat16) for i in (0, 3)) if fits(case) else (None, None)
-    )
-    if keys is None or values is None:
+    error = ((ours(caches[0])[:1].float() - want).norm() / want.norm()).item()
+    row: dict[str, Any] = {**case._asdict(), "copies": copies, "relative_error": error}
+    times = median_ms(graphed(lambda: [ours(cache) for cache in caches]), flush)
+    row["int8"] = rate(times, case.int8_bytes, copy_gb_s, calls=copies)
+    if torch.cuda.mem_get_info()[0] < 1.2 * copies * case.bf16_bytes:
         row["bf16"] = "not measured: keys and values in bfloat16 do not fit beside the Int8 ones"
         return row
+    plain = [[kv_ops.dequantize(*cache[i : i + 3], torch.bfloat16) for i in (0, 3)] for cache in caches]
 
-    def theirs() -> Tensor:
+    def theirs(keys: Tensor, values: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
             query, keys, values, enable_gqa=case.heads != case.kv_heads
         )
 
-    row["bf16"] = rate(median_ms(graphed(theirs), flush), case.bf16_bytes, copy_gb_s)
+    times = median_ms(graphed(lambda: [theirs(*states) for states in plain]), flush)
+    row["bf16"] = rate(times, case.bf16_bytes, copy_gb_s, calls=copies)
     row["speedup"] = round(row["bf16"]["median_ms"] / row["int8"]["median_ms"], 3)
     return row
-
-
-def fits(case: Case) -> bool:
-    return torch.cuda.mem_get_info()[0] > 1.2 * case.bf16_bytes
 
 
 def codec(dtype: torch.dtype, copy_gb_s: float, flush: Tensor) -> dict[str, Any]:
@@ -168,18 +120,17 @@ def codec(dtype: torch.dtype, copy_gb_s: float, flush: Tensor) -> dict[str, Any]
     dequantize = graphed(lambda: kv_ops.dequantize(*cache, dtype))
     row["dequantize"] = rate(median_ms(dequantize, flush), moved, copy_gb_s)
     one = states[:, :, :1].contiguous()
-    single = graphed(lambda: kv_ops.append(*cache, one, tokens // 2))
-    row["append_one_token"] = rate(median_ms(single, flush), moved // tokens, copy_gb_s)
+    places = range(0, tokens, tokens // MOST_COPIES)
+    single = graphed(lambda: [kv_ops.append(*cache, one, place) for place in places])
+    row["append_one_token"] = rate(median_ms(single, flush), moved // tokens, copy_gb_s, calls=len(places))
     return row
 
 
 def measure() -> dict[str, Any]:
     """Everything, in one record."""
-    properties = torch.cuda.get_device_properties(0)
-    flush = torch.empty(4 * max(properties.L2_cache_size, 1 << 25), dtype=torch.uint8, device="cuda")
-    limits = ceilings(flush)
-    copy_gb_s = limits["copy"]["gb_s"]
-    print(f"{properties.name}: copy {copy_gb_s:.0f} GB/s, read {limits['read']['gb_s']:.0f} GB/s")
+    flush = flush_buffer()
+    record = new_record("gpu_kv_decode.py", ceilings(flush))
+    copy_gb_s = record["ceilings"]["copy"]["gb_s"]
     rows = []
     for case in CASES:
         torch.cuda.empty_cache()
@@ -197,34 +148,15 @@ def measure() -> dict[str, Any]:
         codecs.append(codec(dtype, copy_gb_s, flush))
         for name in ("append", "dequantize"):
             print(f"{name} {codecs[-1]['dtype']}: {codecs[-1][name]['share_of_copy']:.0%} of copy")
-    return {
-        "schema_version": 1,
-        "command": shlex.join(["python", "benchmarks/gpu_kv_decode.py", *sys.argv[1:]]),
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "kernels": torch.ops.qquant.cuda_build_info(),
-        "runs": RUNS,
-        "ceilings": limits,
-        "attention": rows,
-        "codec": codecs,
-    }
+    return {**record, "attention": rows, "codec": codecs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit(f"measures on a CUDA device, and torch {torch.__version__} sees none")
-    _native.load_torch_ops()
-    [state] = [state for state in _native.status() if state.name == "qquant._C_cuda"]
-    if not state.live:
-        raise SystemExit(f"measures qquant._C_cuda, which is not here: {state.why}; QQUANT_CUDA=1 {_native.REBUILD}")
-    record = measure()
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    require_kernels()
+    write_record(args.out, measure())
 
 
 if __name__ == "__main__":

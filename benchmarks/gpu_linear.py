@@ -2,28 +2,39 @@
 
 For the projections of six models and 1 to 1024 tokens, in bfloat16: our kernel (up to 64 tokens), our unpacking
 followed by torch's product, a dense weight, and torch's packed Int4. Times are medians of CUDA graphs' replays, each
-after the GPU's cache was filled with other data; GB/s count every input and output once, and are also given as a share
-of the copy measured in the same run. ``crossover_tokens`` says from which of the token counts on another way was
-faster.
+after the GPU's cache was filled with other data. A graph goes through several copies of a small weight, because its
+launch takes as long as such a product. GB/s count every input and output once, and are also given as a share of the
+copy measured in the same run. ``times_bf16`` compares what a loaded model runs with a dense weight;
+``crossover_tokens`` says from which of the token counts on another way was faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_kv_decode import RUNS, ceilings, graphed, median_ms, rate
-from qquant import _native, linear_ops
+from benchmarks.on_gpu import (
+    ceilings,
+    copies_of,
+    flush_buffer,
+    graphed,
+    median_ms,
+    new_record,
+    rate,
+    require_kernels,
+    write_record,
+)
+from qquant import linear_ops
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 MOST_TOKENS = 64
@@ -110,25 +121,34 @@ def torch_int4(projection: Projection) -> Callable[[Tensor], Tensor]:
     return lambda x: torch._weight_int4pack_mm(x, packed, GROUP, numbers)
 
 
-def ways_of(projection: Projection, x: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
-    """Every way to one product: how it is run, and the bytes that it must move."""
-    tokens = x.shape[0]
-    ways: dict[str, tuple[Callable[[], object], int]] = {}
-    moved = projection.activation_bytes(tokens)
+class Way(NamedTuple):
+    """One way to a product, over several copies of the weight so that each call reads its own from memory."""
+
+    calls: list[Callable[[Tensor], object]]
+    weight_bytes: int
+    most_tokens: int | None = None
+    """None: any number."""
+
+
+def ways_of(projection: Projection) -> dict[str, Way]:
+    """Every way to one product, and the bytes of weights that each must read."""
+    copies = range(copies_of(projection.weight_bytes(4)))
+    ways: dict[str, Way] = {}
     for bits in (4, 8):
-        packed = Packed.random(projection, bits)
-        bytes_moved = moved + projection.weight_bytes(bits)
-        if tokens <= MOST_TOKENS:
-            ways[f"int{bits}"] = (lambda packed=packed: packed.linear(x, projection)), bytes_moved  # type: ignore[misc]
-        ways[f"int{bits}_unpacked"] = (
-            lambda packed=packed: torch.nn.functional.linear(x, packed.weights(x.dtype)),  # type: ignore[misc]
-            bytes_moved,
-        )
-    dense = torch.randn(sum(projection.widths), projection.features, dtype=x.dtype, device="cuda")
-    ways["bf16"] = (lambda: torch.nn.functional.linear(x, dense)), moved + 2 * dense.numel()
-    theirs = torch_int4(projection)
-    ways["torch_int4"] = (lambda: theirs(x)), moved + projection.weight_bytes(4)
+        weights = [Packed.random(projection, bits) for _ in copies]
+        size = projection.weight_bytes(bits)
+        ways[f"int{bits}"] = Way([partial(one.linear, projection=projection) for one in weights], size, MOST_TOKENS)
+        ways[f"int{bits}_unpacked"] = Way([partial(unpacked_product, packed=one) for one in weights], size)
+    shape = sum(projection.widths), projection.features
+    dense = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in copies]
+    ways["bf16"] = Way([partial(F.linear, weight=one) for one in dense], dense[0].nbytes)
+    ways["torch_int4"] = Way([torch_int4(projection) for _ in copies], projection.weight_bytes(4))
     return ways
+
+
+def unpacked_product(x: Tensor, packed: Packed) -> Tensor:
+    """Our unpacking, then torch's product."""
+    return F.linear(x, packed.weights(x.dtype))
 
 
 def relative_error(projection: Projection, x: Tensor, bits: int) -> float:
@@ -141,20 +161,27 @@ def relative_error(projection: Projection, x: Tensor, bits: int) -> float:
 
 def measure_projection(projection: Projection, copy_gb_s: float, flush: Tensor) -> dict[str, Any]:
     """One projection at every token count."""
-    row: dict[str, Any] = {**projection._asdict(), "group_size": GROUP, "tokens": {}}
+    torch.cuda.empty_cache()
+    ways = ways_of(projection)
+    copies = len(ways["bf16"].calls)
+    row: dict[str, Any] = {**projection._asdict(), "group_size": GROUP, "copies": copies, "tokens": {}}
     for tokens in TOKENS:
-        torch.cuda.empty_cache()
         x = torch.randn(tokens, projection.features, dtype=torch.bfloat16, device="cuda")
         found: dict[str, Any] = {}
-        for name, (run, moved) in ways_of(projection, x).items():
+        for name, way in ways.items():
+            if way.most_tokens is not None and tokens > way.most_tokens:
+                continue
+            moved = way.weight_bytes + projection.activation_bytes(tokens)
             try:
-                found[name] = rate(median_ms(graphed(run), flush), moved, copy_gb_s)
+                times = median_ms(graphed(lambda calls=way.calls, x=x: [call(x) for call in calls]), flush)  # type: ignore[misc]
+                found[name] = rate(times, moved, copy_gb_s, calls=len(way.calls))
             except RuntimeError as error:
                 found[name] = f"not measured: {str(error).splitlines()[0]}"
         if tokens in (1, MOST_TOKENS):
             found["relative_error"] = {f"int{bits}": relative_error(projection, x, bits) for bits in (4, 8)}
         row["tokens"][tokens] = found
         print(f"{projection.model:13s} {projection.name:17s} {tokens:5d}  {summary_of(found)}", flush=True)
+    row["times_bf16"] = {bits: as_served(row["tokens"], bits) for bits in ("int4", "int8")}
     row["crossover_tokens"] = {bits: crossover(row["tokens"], bits) for bits in ("int4", "int8")}
     return row
 
@@ -178,25 +205,23 @@ def crossover(rows: dict[int, dict[str, Any]], bits: str) -> dict[str, int | Non
     return {other: next((tokens for tokens in TOKENS if faster(other, tokens)), None) for other in others}
 
 
+def as_served(rows: dict[int, dict[str, Any]], bits: str) -> dict[int, float]:
+    """Tokens -> how many times as fast as dense bfloat16 what a loaded model runs is: our kernel to its most tokens."""
+    found = {}
+    for tokens, row in rows.items():
+        ours, dense = row[bits if tokens <= MOST_TOKENS else f"{bits}_unpacked"], row["bf16"]
+        if isinstance(ours, dict) and isinstance(dense, dict):
+            found[tokens] = round(dense["median_ms"] / ours["median_ms"], 3)
+    return found
+
+
 def measure(model: str | None) -> dict[str, Any]:
     """Everything, or one model, in one record."""
-    properties = torch.cuda.get_device_properties(0)
-    flush = torch.empty(4 * max(properties.L2_cache_size, 1 << 25), dtype=torch.uint8, device="cuda")
-    limits = ceilings(flush)
-    copy_gb_s = limits["copy"]["gb_s"]
-    print(f"{properties.name}: copy {copy_gb_s:.0f} GB/s, read {limits['read']['gb_s']:.0f} GB/s")
+    flush = flush_buffer()
+    record = new_record("gpu_linear.py", ceilings(flush))
+    copy_gb_s = record["ceilings"]["copy"]["gb_s"]
     wanted = [projection for projection in PROJECTIONS if model in (None, projection.model)]
-    return {
-        "schema_version": 1,
-        "command": shlex.join(["python", "benchmarks/gpu_linear.py", *sys.argv[1:]]),
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "kernels": torch.ops.qquant.cuda_build_info(),
-        "runs": RUNS,
-        "ceilings": limits,
-        "projections": [measure_projection(projection, copy_gb_s, flush) for projection in wanted],
-    }
+    return {**record, "projections": [measure_projection(projection, copy_gb_s, flush) for projection in wanted]}
 
 
 def main() -> None:
@@ -204,16 +229,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     parser.add_argument("--model", choices=sorted({p.model for p in PROJECTIONS}), help="measure this model only")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit(f"measures on a CUDA device, and torch {torch.__version__} sees none")
-    _native.load_torch_ops()
-    [state] = [state for state in _native.status() if state.name == "qquant._C_cuda"]
-    if not state.live:
-        raise SystemExit(f"measures qquant._C_cuda, which is not here: {state.why}; QQUANT_CUDA=1 {_native.REBUILD}")
-    record = measure(args.model)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    require_kernels()
+    write_record(args.out, measure(args.model))
 
 
 if __name__ == "__main__":

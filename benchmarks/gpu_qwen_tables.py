@@ -23,14 +23,10 @@ from transformers import DynamicCache
 import qquant
 from qquant.models.qwen.configuration import QWenConfig
 from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.published import KV_CACHE
 
-# GB of Qwen's README (7B, BF16, A100-80G): full cache, quantized cache. None: out of memory.
-BATCHES: dict[int, tuple[float | None, float]] = {
-    1: (16.3, 15.5), 4: (24.1, 17.2), 16: (31.7, 22.3), 32: (48.7, 30.2), 64: (None, 48.2), 100: (None, 72.4),
-}  # fmt: skip
-LENGTHS: dict[int, tuple[float | None, float]] = {
-    512: (15.2, 15.0), 1024: (16.3, 15.5), 2048: (17.6, 15.8), 4096: (19.5, 16.6), 8192: (23.2, 17.6),
-}  # fmt: skip
+JOBS = [(cell.table, cell.batch, cell.new_tokens) for cell in KV_CACHE if cell.kv_cache == "bf16"]
+"""(table, batch, tokens) of every row, in the README's order."""
 STEPS = 24
 """Tokens that are really decoded after the cache has been filled; the first four warm up."""
 
@@ -93,6 +89,13 @@ def measure(model: Any, make_cache: Callable[[], Any], batch: int, tokens: int, 
     return {"peak_gib": peak, "step_ms_median": 1e3 * statistics.median(times[4:] or times)}
 
 
+def published_gib(table: str, batch: int, tokens: int) -> list[float | None]:
+    """What the README gives for the full and for the Int8 cache; None: out of memory."""
+    row = (table, batch, tokens)
+    own = [cell for cell in KV_CACHE if (cell.table, cell.batch, cell.new_tokens) == row]
+    return [cell.memory_gib for kind in ("bf16", "int8") for cell in own if cell.kv_cache == kind]
+
+
 def cell(found: dict[str, Any]) -> str:
     """A table cell: GiB and milliseconds, or why not."""
     if "why" in found:
@@ -115,16 +118,15 @@ def main() -> None:
         )
     model = make_model(args.shape, args.device)
     rows = []
-    jobs = [("batch", batch, 1024, published) for batch, published in BATCHES.items()]
-    jobs += [("length", 1, length, published) for length, published in LENGTHS.items()]
-    for table, batch, tokens, published in jobs:
+    for table, batch, tokens in JOBS:
         found = {}
         for name, make in (
             ("full", lambda: DynamicCache(config=model.config)),
             ("int8", lambda: qquant.Int8KVCache(model.config)),
         ):
             found[name] = measure(model, make, batch, tokens, generate=args.generate)
-        row = {"table": table, "batch": batch, "tokens": tokens, "published_gb": published, **found}
+        published = published_gib(table, batch, tokens)
+        row = {"table": table, "batch": batch, "tokens": tokens, "published_gib": published, **found}
         rows.append(row)
         theirs = ["OOM" if value is None else f"{value:.1f}" for value in published]
         print(

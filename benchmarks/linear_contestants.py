@@ -1,13 +1,14 @@
 """The contestants of bench_linear.py: one stage of a block, its weights made at random, multiplied in every way.
 
 A stage is what shares an input: q/k/v, o, gate/up, down. Packed ones of ours do a stage in one call, all others one
-call for each linear, as they do in a model. Every contestant has so many copies of a stage, used one after the other,
-that they do not stay in the last-level cache.
+call for each linear, as they do in a model. There are so many copies of a stage, used one after the other, that they do
+not stay in the last-level cache; contestants that share copies go on where the last of them ended. Beside them stands
+the plain reading of memory of the same kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from types import SimpleNamespace
@@ -28,8 +29,12 @@ STD = 0.02
 _PATTERN = 1_048_583
 """Random values drawn once and repeated: a prime, so that no two rows begin alike."""
 
-WEIGHT_ONLY, INT8_ACTIVATIONS = "bfloat16", "int8"
+WEIGHT_ONLY, INT8_ACTIVATIONS, NOTHING = "bfloat16", "int8", "nothing"
 """The instruction whose rate a contestant is measured against; only products with int8 activations may use int8's."""
+
+READING = "reading memory"
+"""What products of few tokens are measured against: it multiplies nothing, and takes turns as they do."""
+_READ_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -74,18 +79,24 @@ def stages_of(model: str, config: dict[str, Any]) -> list[Stage]:
     ]
 
 
-def sides_of(stage: Stage, cache_bytes: int, peer: Peer | None) -> list[Side]:
+def sides_of(stage: Stage, cache_bytes: int, gptqmodel: Peer | None, llamacpp: Peer | None) -> list[Side]:
     """Every contestant of a stage.
 
     Args:
         stage: the shapes.
         cache_bytes: of the last-level cache; each contestant's layers together are more than twice that.
-        peer: gptqmodel's process, or None.
+        gptqmodel: its process, or None.
+        llamacpp: likewise.
     """
-    sides = [_dense(stage, cache_bytes), *_torch_packed(stage, cache_bytes), _onednn(stage, cache_bytes)]
+    sides = [_reading(cache_bytes), _dense(stage, cache_bytes)]
+    sides += [*_torch_packed(stage, cache_bytes), _onednn(stage, cache_bytes)]
     for bits in (4, 8):
         sides += [*_panels(stage, bits, cache_bytes), _automatic(stage, bits, cache_bytes)]
-    return sides if peer is None else [*sides, *_gptqmodel(stage, cache_bytes, peer)]
+    if gptqmodel is not None:
+        sides += _gptqmodel(stage, cache_bytes, gptqmodel)
+    if llamacpp is not None:
+        sides += _llamacpp(stage, cache_bytes, llamacpp)
+    return sides
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -114,15 +125,25 @@ def _layers(layer_bytes: int, cache_bytes: int) -> int:
 
 def _side(
     name: str, layer_bytes: int, limit: str, layers: int, multiply: Callable[[Any, int], object],
-    prepare: Callable[[Tensor], Any] | None = None,
+    prepare: Callable[[Tensor], Any] | None = None, calls: Iterator[int] | None = None,
 ) -> Side:  # fmt: skip
-    """A side in this process, whose call ``multiply(input, layer)`` goes through the layers."""
+    """A side in this process, whose call ``multiply(input, layer)`` goes through the layers.
+
+    ``calls`` counts those of all sides with the same layers: else one would find in the cache what another has read.
+    """
+    turn = count() if calls is None else calls
 
     def start(x: Tensor) -> Contestant:
-        ready, turn = x if prepare is None else prepare(x), count()
+        ready = x if prepare is None else prepare(x)
         return Contestant(name, timed(lambda: multiply(ready, next(turn) % layers)))
 
     return Side(name, layer_bytes, limit, start)
+
+
+def _reading(cache_bytes: int) -> Side:
+    """Memory that torch gives, as it gives that of weights, summed by its vectorized sum of 64-bit words."""
+    words = torch.ones(_layers(_READ_BYTES, cache_bytes), _READ_BYTES // 8, dtype=torch.int64).unbind()
+    return _side(READING, _READ_BYTES, NOTHING, len(words), lambda _, part: words[part].sum())
 
 
 def _split(stage: Stage, columns: int, layers: int, dtype: torch.dtype) -> list[list[Tensor]]:
@@ -194,7 +215,7 @@ def _panels(stage: Stage, bits: int, cache_bytes: int) -> list[Side]:
     layers = _layers(layer_bytes, cache_bytes)
     words = _random((layers, panels, steps, linear_ops.PANEL_ROWS), torch.int32).unbind()
     scales = _full((layers, panels, groups, linear_ops.PANEL_ROWS), STD / 2**bits, torch.float16).unbind()
-    widths, zero = list(stage.widths), 2 ** (bits - 1)
+    widths, zero, calls = list(stage.widths), 2 ** (bits - 1), count()
 
     def multiply(activation_bits: int) -> Callable[[Tensor, int], object]:
         def call(x: Tensor, layer: int) -> object:
@@ -205,9 +226,9 @@ def _panels(stage: Stage, bits: int, cache_bytes: int) -> list[Side]:
         return call
 
     return [
-        _side(f"int{bits} exact", layer_bytes, WEIGHT_ONLY, layers, multiply(0)),
-        _side(f"int{bits} tile", layer_bytes, WEIGHT_ONLY, layers, multiply(-1)),
-        _side(f"int{bits} int8 activations", layer_bytes, INT8_ACTIVATIONS, layers, multiply(8)),
+        _side(f"int{bits} exact", layer_bytes, WEIGHT_ONLY, layers, multiply(0), calls=calls),
+        _side(f"int{bits} tile", layer_bytes, WEIGHT_ONLY, layers, multiply(-1), calls=calls),
+        _side(f"int{bits} int8 activations", layer_bytes, INT8_ACTIVATIONS, layers, multiply(8), calls=calls),
     ]
 
 
@@ -272,3 +293,19 @@ def _gptqmodel(stage: Stage, cache_bytes: int, peer: Peer) -> list[Side]:
         return Side(f"gptqmodel {name}", layer_bytes, WEIGHT_ONLY, start)
 
     return [side(name, layer_bytes) for name, layer_bytes in answer["layer_bytes"].items()]
+
+
+def _llamacpp(stage: Stage, cache_bytes: int, peer: Peer) -> list[Side]:
+    """Groups of 32 with a float16 scale; float32 activations, rounded to 8 bits within the product."""
+    answer = peer.ask(do="build", in_features=stage.in_features, widths=stage.widths, cache_bytes=cache_bytes)
+
+    def side(form: str, layer_bytes: int) -> Side:
+        name = f"llama.cpp {form}"
+
+        def start(x: Tensor) -> Contestant:
+            peer.ask(do="input", format=form, tokens=x.shape[0])
+            return Contestant(name, lambda calls: float(peer.ask(do="run", format=form, calls=calls)["cpu_s"]))
+
+        return Side(name, layer_bytes, INT8_ACTIVATIONS, start)
+
+    return [side(form, layer_bytes) for form, layer_bytes in answer["layer_bytes"].items()]

@@ -69,6 +69,11 @@ def take_turns(contestants: Sequence[Contestant], seconds: float) -> dict[str, l
     return found
 
 
+def times_as_fast(times: Sequence[float], others: Sequence[float]) -> float:
+    """How many times the speed of another: the middle of what the rounds say, each of which met one machine."""
+    return statistics.median(other / own for own, other in zip(times, others, strict=False))
+
+
 def median_ms(times: Sequence[float]) -> float:
     """Median of seconds, in milliseconds."""
     return 1e3 * statistics.median(times)

@@ -10,7 +10,9 @@ import os
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from qquant.errors import UsageError
 
 TORCH_MODULES = ("qquant._C", "qquant._C_cuda")
 """Those that add kernels to torch's operators."""
@@ -60,11 +62,29 @@ def gram() -> ModuleType | None:
 
 
 def describe(name: str) -> str:
-    """What a live module says of itself: instruction sets chosen, GPU architectures, devices; empty if nothing."""
+    """What a live module says of itself: instruction sets chosen, GPU architectures, devices; empty if nothing.
+
+    Raises:
+        UsageError: as ``answer``.
+    """
+    operator = {"qquant._C": "cpu_kernel_info", "qquant._C_cuda": "cuda_build_info"}.get(name)
+    return str(answer(operator)) if operator else ""
+
+
+def answer(operator: str) -> Any:
+    """What a live module's operator without arguments says.
+
+    Raises:
+        UsageError: QQUANT_CPU_ISA names no instruction set; each module reads it when it is first asked something.
+    """
     import torch
 
-    operator = {"qquant._C": "cpu_kernel_info", "qquant._C_cuda": "cuda_build_info"}.get(name)
-    return str(getattr(torch.ops.qquant, operator)()) if operator else ""
+    try:
+        return getattr(torch.ops.qquant, operator)()
+    except RuntimeError as error:
+        if "QQUANT_CPU_ISA" not in str(error):
+            raise
+        raise UsageError(str(error).splitlines()[0]) from error
 
 
 def load_torch_ops() -> None:

@@ -27,7 +27,7 @@ from qquant.gptq_keys import METHOD, GptqFileConfig, check_keys
 from qquant.hf_plugin import GptqLoader, say_kernels, swap_linears
 from qquant.json_files import read_json, write_json
 from qquant.kv_cache_quant import enable_as_configured
-from qquant.linear_kernels import Kernel, wished
+from qquant.linear_kernels import Kernel, check_activation_bits, wished
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period
 from qquant.publish import Kind
@@ -302,7 +302,7 @@ def load_quantized(
         path: folder, or a hub id.
         dtype: compute dtype; "auto": the one config.json names, but float32 for float16 on a CPU.
         device_map: as in transformers' ``from_pretrained``; None: the CPU.
-        kernel: what multiplies packed linears, see ``Kernel``.
+        kernel: what multiplies packed linears, see ``Kernel``; "reference" is plain torch for the whole model.
         activation_bits: 8 rounds the activations of packed linears, one step for each token and 128 columns, which is
             faster for many tokens and changes results; CPU only. None: they are used as they are.
         head_bits: 8 rounds the output projection to 8 bits in groups of 128: fewer bytes to read for every token, other
@@ -321,7 +321,7 @@ def load_quantized(
             rounded.
     """
     check_head_bits(head_bits)
-    chosen = {"kernel": wished(kernel), "activation_bits": activation_bits}
+    chosen = {"kernel": wished(kernel), "activation_bits": check_activation_bits(activation_bits)}
     folder = resolve_folder(str(path))
     config = read_config(folder)
     for flag, value in (("use_cache_quantization", use_cache_quantization), ("use_cache_kernel", use_cache_kernel)):
@@ -330,8 +330,9 @@ def load_quantized(
     # Whoever names the cache wants the model with or without it, be its weights quantized or not.
     named = use_cache_quantization is not None or getattr(config, "use_cache_quantization", None)
     plain = named and not is_quantized(folder)
-    if plain and head_bits is not None:
-        raise UsageError(f"head_bits is about quantized models, and {folder} is none; leave it out")
+    wishes = {"kernel": chosen["kernel"] is not Kernel.AUTO, "activation_bits": activation_bits, "head_bits": head_bits}
+    for option in [name for name, wish in wishes.items() if wish] if plain else []:
+        raise UsageError(f"{option} is about quantized models, and {folder} is none; leave it out")
     if not plain:
         config.quantization_config = {**quantization_config(folder), "quant_method": METHOD, **chosen}
     # Named outright, so that transformers reads what was checked here, and AutoGPTQ's gptq_model-4bit-128g.safetensors.
@@ -382,7 +383,8 @@ def load_model(
     if not is_quantized(folder):  # transformers fills what is missing with random numbers
         known = {*stored.entries, *(getattr(model, "all_tied_weights_keys", None) or ())}
         if missing := sorted(model.state_dict().keys() - known):
-            raise BadModelError(f"tensor {missing[0]} is missing from {folder} ({len(missing)} missing in all)")
+            count = f"{len(missing)} missing in all"
+            raise BadModelError(f"tensor {missing[0]} is missing from {folder} ({count}); get the model again")
     return model
 
 

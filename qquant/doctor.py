@@ -197,12 +197,18 @@ def _retired(named: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _native() -> Iterator[dict[str, Any]]:
     from qquant import _native
+    from qquant.errors import UsageError
 
     for name, live, why in _native.status():
-        if live:
-            yield _row("native", name, "ok", f"live; {about}" if (about := _native.describe(name)) else "live")
-        else:
+        if not live:
             yield _row("native", name, "absent", why, _native.REBUILD)
+            continue
+        try:
+            about = _native.describe(name)
+        except UsageError as error:
+            yield _row("native", name, "broken", str(error), "unset QQUANT_CPU_ISA")
+        else:
+            yield _row("native", name, "ok", f"live; {about}" if about else "live")
 
 
 def _linears() -> Iterator[dict[str, Any]]:
@@ -212,15 +218,19 @@ def _linears() -> Iterator[dict[str, Any]]:
     except (ImportError, OSError):
         return  # _torch() has already reported it as broken
     from qquant import linear_ops  # noqa: F401 - declares the operators that kernels are asked for
-    from qquant.linear_kernels import described, place_of, steps_of
+    from qquant.errors import UsageError
+    from qquant.linear_kernels import FLOATS, described, place_of, steps_of
 
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     for device in ("cpu", *gpus):
-        place = place_of(torch.device(device))
+        try:
+            place = place_of(torch.device(device))
+        except UsageError:
+            continue  # _native() has already reported what is wrong with our kernels
         for bits in (4, 8):
             # Of int8, torch's kernel reads layers with one scale per row only, which GPTQ files seldom are.
             obstacle = "" if bits == 4 else "and groups have scales of their own"
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in FLOATS:
                 steps = steps_of(place, dtype=dtype, bits=bits, torch_obstacle=obstacle)
                 name = f"int{bits} {str(dtype).removeprefix('torch.')} {device}"
                 yield _row("linear", name, "absent" if place.missing else "ok", described(steps, place))

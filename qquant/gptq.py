@@ -285,7 +285,7 @@ def quantize_command(
         if dry_run:
             _show_plan(folder, adapter, samples, config)
             return
-        from qquant.walk import keep_heap_small
+        from qquant.heap import keep_heap_small
 
         quiet_transformers()
         keep_heap_small()

@@ -45,6 +45,7 @@ if _kernel_log.level == logging.NOTSET:
 
 _STREAMED = ("qweight", "qzeros", "scales")
 """What we read ourselves. The rest of a layer is small, and where transformers puts it says where the layer goes."""
+_AGAIN = "get the checkpoint again, or quantize the model again"
 _MAY_MISS, _MAY_HOLD = "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"
 """Patterns of a model: tensors that a checkpoint may leave out, and those that it may hold and the model has not."""
 
@@ -213,10 +214,13 @@ def _empty_layer(name: str, linear: nn.Linear, reader: CheckpointReader, config:
     settings = config.for_module(name)
     bits, size = settings.bits, settings.group_size
     if not packable(rows, columns, bits):
-        raise BadModelError(f"{name}: [{columns}, {rows}] does not fill whole words of {bits}-bit codes")
+        raise BadModelError(
+            f"{name}: [{columns}, {rows}] does not fill whole words of {bits}-bit codes, so no GPTQ file can hold it; "
+            "correct bits in quantization_config"
+        )
     scales, bias = reader.spec(f"{name}.scales"), reader.entries.get(f"{name}.bias")
     if bias is None and linear.bias is not None:
-        raise BadModelError(f"tensor {name}.bias is missing from {reader.folder}")
+        raise BadModelError(f"tensor {name}.bias is missing from {reader.folder}; {_AGAIN}")
     layer = QuantLinear(
         rows,
         columns,
@@ -229,9 +233,9 @@ def _empty_layer(name: str, linear: nn.Linear, reader: CheckpointReader, config:
         activation_bits=config.activation_bits,
         device="meta",
     )
-    if not all(layer.get_buffer(part).is_floating_point() for part in ("scales", "bias") if part in layer.state_dict()):
-        raise BadModelError(f"{name}: scales and bias must be floating, got {scales.dtype}")
     for part, buffer in layer.state_dict().items():
+        if part in ("scales", "bias") and not buffer.is_floating_point():
+            raise BadModelError(f"{name}.{part} must be floating, got {DTYPE_NAMES[buffer.dtype]}; {_AGAIN}")
         stored = reader.entries.get(f"{name}.{part}")
         wanted = TensorSpec(DTYPE_NAMES[buffer.dtype], tuple(buffer.shape))
         if stored is not None and stored.spec != wanted:
@@ -249,7 +253,7 @@ def _left_out(name: str, layer: QuantLinear, reader: CheckpointReader, config: G
     if f"{name}.g_idx" in reader.entries:
         return {}
     if config.for_module(name).desc_act:
-        raise BadModelError(f"tensor {name}.g_idx is missing from {reader.folder}, and desc_act needs it")
+        raise BadModelError(f"tensor {name}.g_idx is missing from {reader.folder}, and desc_act needs it; {_AGAIN}")
     return {f"{name}.g_idx": in_order(layer.in_features, layer.group_size, "cpu")}
 
 
@@ -259,7 +263,8 @@ def _check_names(model: Any, reader: CheckpointReader, filled: Mapping[str, Tens
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = sorted(wanted.keys() - reader.entries.keys() - tied - filled.keys())
     if missing:
-        raise BadModelError(f"tensor {missing[0]} is missing from {reader.folder} ({len(missing)} missing in all)")
+        count = f"{len(missing)} missing in all"
+        raise BadModelError(f"tensor {missing[0]} is missing from {reader.folder} ({count}); {_AGAIN}")
     extra = sorted(name for name in reader.entries.keys() - wanted.keys() if not computed_by_model(name))
     if extra:
         raise BadModelError(f"{reader.folder} holds {extra[0]} ({len(extra)} such), which the model has no place for")

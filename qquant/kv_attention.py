@@ -8,7 +8,6 @@ over bfloat16 ones on a CPU by plain_attention.py; everything else - prefill, ot
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from functools import cache
 from importlib import import_module
@@ -23,8 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qquant import kv_ops, plain_attention
 from qquant.kv_ops import KVBits
-
-_log = logging.getLogger("qquant")
+from qquant.telling import say_once
 
 PREFIX = "qquant_"
 """What the names of our attention implementations begin with."""
@@ -255,13 +253,3 @@ def _full_mask(
         seen = seen.triu(tokens - length - window + 1)
     seen = seen[None, None]
     return seen if padding is None else seen & padding.bool()[:, None, None, -tokens:]
-
-
-_said: set[str] = set()
-
-
-def say_once(message: str) -> None:
-    """Warn of something that was not used, but not at every step of a generation."""
-    if message not in _said:
-        _said.add(message)
-        _log.warning(message)

@@ -22,6 +22,7 @@ from qquant.kv_layer import Int8Layer, Int8SlidingLayer, KeyRotation
 from qquant.kv_ops import KVBits
 from qquant.kv_store import KVScheme, encode_as_qwen
 from qquant.models.key_fold import Factors, can_fold, fold_keys, unfold_keys
+from qquant.telling import say_once
 
 KeyTransform = Literal["auto", "fold", "hadamard", "none"]
 
@@ -153,7 +154,7 @@ class Int8KVCache(Cache):
             offloading=offloading,
         )
         if not kv_attention.adopt(text_config):
-            kv_attention.say_once(
+            say_once(
                 f"attn_implementation {text_config._attn_implementation!r} takes no integers: keys and values are "
                 "dequantized at every step; sdpa or flash_attention_2 would let the int8 kernel run"
             )

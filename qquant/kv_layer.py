@@ -18,6 +18,7 @@ from qquant.errors import UsageError
 from qquant.kv_attention import MAX_QUERIES, QuantizedStates
 from qquant.kv_ops import KVBits
 from qquant.kv_store import KVScheme, TokenStore, hadamard
+from qquant.telling import say_once
 
 KeyRotation = Literal["none", "hadamard"]
 
@@ -84,7 +85,7 @@ class Int8Layer(CacheLayerMixin):
                 "use_cache_kernel=False takes any float dtype"
             )
         if torch.is_grad_enabled() and key_states.requires_grad:
-            kv_attention.say_once("no gradient flows through what an int8 cache has stored; train without a cache")
+            say_once("no gradient flows through what an int8 cache has stored; train without a cache")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.dtype = key_states.dtype

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from qquant import _native
 from qquant.linear_ops import panel_linear
+from qquant.models.qwen import positions
 from qquant.plain_attention import decode_attention
 from qquant.rms_norm import norm_reference
 
@@ -29,6 +30,8 @@ def _stage(x: Tensor, widths: list[int], stage: tuple[object, ...]) -> list[Tens
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if cos.dtype == torch.float32:
+        return positions.rotate(states.transpose(1, 2), cos, sin).transpose(1, 2).contiguous()
     low, high = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
 
@@ -50,7 +53,8 @@ def inputs_reference(
         x: [B, 1, N] bfloat16, the residual stream. Read, never written, as all that follows.
         norm: [N] bfloat16.
         eps: of the norm.
-        cos: [B or 1, 1, D] bfloat16.
+        cos: [B or 1, 1, D] bfloat16: each product and each sum is rounded, as Llama's modules do. Or [B or 1, 1, 1,
+            R / 2] float32: the first R channels are turned in float32 and rounded once, as the original Qwen does.
         sin: likewise.
         query_norm: [D] bfloat16, the norm of each head's query before it is turned; None: there is none.
         key_norm: likewise.
@@ -67,7 +71,7 @@ def inputs_reference(
     assert isinstance(size, int)
     widths = [heads * size, kv_heads * size, kv_heads * size]
     rows = _stage(norm_reference(x, norm, eps), widths, tuple(stage))
-    query, key, value = (row.view(x.shape[0], -1, 1, size) for row in rows)
+    query, key, value = (row.view(x.shape[0], row.shape[-1] // size, 1, size) for row in rows)
     if query_norm is not None:
         query = norm_reference(query, query_norm, head_eps)
     if key_norm is not None:
@@ -79,7 +83,7 @@ def output_reference(attended: Tensor, stream: Tensor, *rest: object) -> Tensor:
     """What a layer makes of its attention's result: projection, residual, norm, gated SiLU MLP, residual.
 
     Args:
-        attended: [B, 1, Hq, D] bfloat16, or the same numbers in the same order.
+        attended: [B, 1, Hq, D] bfloat16, or the same numbers in the same order and other axes after B.
         stream: [B, 1, N] bfloat16, the residual stream as it came to the layer.
         *rest: nine arguments of the output projection's panels; weight and eps of the norm; nine of gate and up side
             by side; nine of down; the MLP's width; whether the gate comes before up.
@@ -93,7 +97,7 @@ def output_reference(attended: Tensor, stream: Tensor, *rest: object) -> Tensor:
     assert isinstance(eps, float)
     assert isinstance(width, int)
     features = stream.shape[-1]
-    stream = stream + _stage(attended.reshape(stream.shape[0], 1, -1), [features], project)[0]
+    stream = stream + _stage(attended.flatten(1)[:, None], [features], project)[0]
     first, second = _stage(norm_reference(stream, norm, eps), [width, width], raised)
     gate, up = (first, second) if gate_first else (second, first)
     return stream + _stage(F.silu(gate) * up, [features], lower)[0]

@@ -7,28 +7,32 @@ model_kernels.py's.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from qquant.errors import UsageError
-from qquant.linear_kernels import ANY, FLOATS, NEED_PANELS, Implementation, Step, place_of, steps_of, wished
+from qquant.linear_kernels import (
+    ACTIVATION_BITS,
+    ANY,
+    FLOATS,
+    NEED_PANELS,
+    Implementation,
+    Step,
+    check_activation_bits,
+    place_of,
+    steps_of,
+    wished,
+)
 from qquant.linear_kernels import Kernel as Kernel
 from qquant.linear_ops import panel_linear
 from qquant.linear_torch import Product, int4_product, int8_product, obstacle
 from qquant.packed_weight import PackedWeight
 from qquant.packing import dequantize, pack_codes, pack_zeros, unpack_codes, unpack_zeros
-
-_log = logging.getLogger("qquant")
-
-_ACTIVATION_BITS = {Implementation.PANELS: 0, Implementation.TILE: -1, Implementation.INT8: 8}
-"""As ``panel_linear`` takes them."""
-
-told: set[str] = set()
-"""Reasons for a slower path that were given already, here or by whoever made the model."""
+from qquant.telling import say_once
 
 
 @torch.library.custom_op("qquant::gptq_linear", mutates_args=())
@@ -76,12 +80,7 @@ def _(
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
-@torch.compiler.assume_constant_result
-def _say_once(text: str, why: str = "") -> bool:
-    if (why or text) not in told:
-        told.add(why or text)
-        _log.warning("%s", text.format(why))
-    return True
+_say_once = torch.compiler.assume_constant_result(say_once)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -121,7 +120,7 @@ class QuantLinear(PackedWeight):
     ) -> None:
         """Make empty buffers of the right shapes; the weights come from a state dict or ``from_codes``."""
         super().__init__(in_features, out_features, **layout)
-        self._kernel, self._activation_bits = wished(kernel), activation_bits
+        self._kernel, self._activation_bits = wished(kernel), check_activation_bits(activation_bits)
         self._plans: dict[torch.dtype, tuple[Step, ...]] = {}
         self._products: dict[torch.dtype, tuple[tuple[int, Product], ...]] = {}
         self._served: Tensor | None = None
@@ -177,7 +176,7 @@ class QuantLinear(PackedWeight):
 
     @activation_bits.setter
     def activation_bits(self, bits: Literal[8] | None) -> None:
-        self._activation_bits = bits
+        self._activation_bits = check_activation_bits(bits)
         self.forget()
 
     def steps(self, dtype: torch.dtype) -> tuple[Step, ...]:
@@ -259,10 +258,12 @@ class QuantLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype."""
-        if x.shape[-1] != self.in_features:
+        if not x.dim() or x.shape[-1] != self.in_features:
             raise UsageError(f"x must end in {self.in_features} features, got {list(x.shape)}")
         if torch.compiler.is_compiling():
             return self._traced(x)
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            return self._plain(x)  # the operators would drop the tangent
         if x.requires_grad and torch.is_grad_enabled():
             with_gradient: Tensor = _InputGradient.apply(x, self)  # type: ignore[no-untyped-call]
             return with_gradient
@@ -283,12 +284,12 @@ class QuantLinear(PackedWeight):
             self.forget()
         last = self.prepare(dtype)[-1]
         if last.implementation is Implementation.REFERENCE and self.kernel is Kernel.AUTO and not self._codes().is_meta:
-            _say_once("packed linears are dequantized for every call of many tokens: {}", last.why)
+            say_once(f"packed linears are dequantized for every call of many tokens: {last.why}", last.why)
         return self._products[dtype]
 
     def _product(self, implementation: Implementation) -> Product:
-        if implementation in _ACTIVATION_BITS:
-            return self._panel_product(_ACTIVATION_BITS[implementation])
+        if implementation in ACTIVATION_BITS:
+            return self._panel_product(ACTIVATION_BITS[implementation])
         if implementation is Implementation.DENSE:
             return self._dense
         if implementation is Implementation.REFERENCE:
@@ -299,7 +300,7 @@ class QuantLinear(PackedWeight):
         """One call of the operator, its arguments but ``x`` put together once."""
         form = self._form
         assert form is not None
-        arguments = (*self.panels, [self.out_features], self.bits, form.group_size, form.zero or 0, activation_bits)
+        arguments = form.arguments(self.panels, [self.out_features], self.bits, activation_bits)
 
         def alone(x: Tensor) -> Tensor:
             found: list[Tensor] = panel_linear(x, *arguments)
@@ -319,11 +320,15 @@ class QuantLinear(PackedWeight):
 
     def _reference(self, x: Tensor) -> Tensor:
         if self.packed:  # for a dtype that no kernel knows: the same arithmetic
-            bias = self.real_bias()
-            return F.linear(x, self.dequantized().to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return self._plain(x)
         packed = self.qweight, self.qzeros, self.scales, self.g_idx
         result: Tensor = gptq_linear(x, *packed, self.bias, self.bits, self.version)
         return result
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The reference's arithmetic in either form of the weight, by functions that torch can differentiate."""
+        bias = self.real_bias()
+        return F.linear(x, self.dequantized().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _torch_product(self, implementation: Implementation) -> Product:
         """Torch's kernel over a copy of the weight, which is made anew when the weight is replaced."""
@@ -365,11 +370,10 @@ class QuantLinear(PackedWeight):
         if step.implementation is Implementation.DENSE or (x.requires_grad and torch.is_grad_enabled()):
             return self._dense(x)  # the panel operator has no gradient of its own
         form = self._form
-        if form is None or step.implementation not in _ACTIVATION_BITS:
+        if form is None or step.implementation not in ACTIVATION_BITS:
             return self._reference(x)
-        bits = _ACTIVATION_BITS[step.implementation]
-        widths = [self.out_features]
-        found: list[Tensor] = panel_linear(x, *self.panels, widths, self.bits, form.group_size, form.zero or 0, bits)
+        bits = ACTIVATION_BITS[step.implementation]
+        found: list[Tensor] = panel_linear(x, *form.arguments(self.panels, [self.out_features], self.bits, bits))
         return found[0]
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ import re
 import sys
 from enum import StrEnum
 from functools import cache
-from typing import NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -50,6 +50,9 @@ class Implementation(StrEnum):
 NEED_PANELS = frozenset((Implementation.PANELS, Implementation.TILE, Implementation.INT8, Implementation.DENSE))
 """Those that read a weight in panels; the others read what the checkpoint stores."""
 
+ACTIVATION_BITS = {Implementation.PANELS: 0, Implementation.TILE: -1, Implementation.INT8: 8}
+"""How ``panel_linear`` is told which of them is meant."""
+
 ANY = sys.maxsize
 """As many tokens as there are."""
 
@@ -60,6 +63,9 @@ BF16, FP16, FP32 = (torch.bfloat16,), (torch.float16,), (torch.float32,)
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 BOTH = (4, 8)
+
+_ROUNDED_BITS: Final = 8
+"""Of activations that are rounded; others would need kernels of their own."""
 
 
 class Row(NamedTuple):
@@ -202,8 +208,8 @@ def steps_of(
     name = str(dtype).removeprefix("torch.")
     ours = () if place.missing else _matching(OURS, place.device, place.instruction_set, dtype, bits)
     theirs = () if torch_obstacle else _matching(TORCH, place.device, place.torch_set, dtype, bits)
-    if activation_bits is not None:
-        why = _why_not_int8(place, wish, activation_bits, ours, f"{bits} bits and {name} on {place.device}")
+    if check_activation_bits(activation_bits) is not None:
+        why = _why_not_int8(place, wish, ours, f"{bits} bits and {name} on {place.device}")
         if why:
             raise UsageError(f"activation_bits 8 needs our CPU kernels, {why}; leave activation_bits out")
         return (Step(ANY, Implementation.INT8, "8-bit activations were asked for"),)
@@ -227,12 +233,20 @@ def wished(kernel: Kernel | str) -> Kernel:
     try:
         return Kernel(kernel)
     except ValueError:
-        raise UsageError(f"kernel must be one of {', '.join(Kernel)}, got {str(kernel)!r}") from None
+        raise UsageError(f"kernel must be one of {', '.join(Kernel)}, got {kernel!r}") from None
 
 
-def _why_not_int8(place: Place, wish: Kernel, wanted: int, ours: tuple[Step, ...], case: str) -> str:
-    if wanted != 8:
-        return f"and the only number it takes is 8, got {wanted}"
+def check_activation_bits(bits: Any) -> Literal[8] | None:
+    """The bits as they came; raises UsageError unless activations can be rounded to them, or are to be left alone."""
+    if bits is None:
+        return None
+    if type(bits) is int and bits == _ROUNDED_BITS:
+        return _ROUNDED_BITS
+    rule = f"activation_bits must be {_ROUNDED_BITS}, or left out for activations as they are"
+    raise UsageError(f"{rule}, got {bits!r}")
+
+
+def _why_not_int8(place: Place, wish: Kernel, ours: tuple[Step, ...], case: str) -> str:
     if wish in (Kernel.REFERENCE, Kernel.TORCH):
         return f"and kernel {wish.value!r} is not one"
     if place.device != "cpu":

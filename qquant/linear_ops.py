@@ -1,7 +1,8 @@
-"""The operators of packed linears: products with weights in panels, those weights unpacked. Schema, reference, fake.
+"""The operators of packed linears: products with panels, their weights unpacked, words moved in and out of them.
 
-The references are plain torch, run on every device, and are what the kernels of csrc/ must meet. Importing this file
-loads those kernels where they are built. Which of them runs when is linear_kernels.py; no module lives here.
+Of each there are the schema, the reference and the fake. The references are plain torch, run on every device, and are
+what the kernels of csrc/ must meet. Importing this file loads those kernels where they are built. Which of them runs
+when is linear_kernels.py; no module lives here.
 """
 
 from __future__ import annotations
@@ -21,24 +22,82 @@ LIMITS = {8: 127, 16: 127 * 256 + 127, 24: (127 * 256 + 127) * 256 + 127}
 """Largest magnitude of an activation in 8, 16 or 24 bits of fixed point: balanced base-256 digits of -127..127."""
 
 
-def to_panels(words: Tensor) -> Tensor:
-    """Words of a GPTQ matrix, rearranged so that 16 rows' words lie side by side.
+def fill_panels(out: Tensor, rows: Tensor) -> None:
+    """Write [S, N] as panels [ceil(N / 16), S, 16] into ``out``, features that N lacks being 0.
 
-    Args:
-        words: [S, N], row s holding the s-th word of every output feature, as ``qweight`` does. Read, never written.
-
-    Returns:
-        [ceil(N / 16), S, 16], the features that N lacks being 0. ``from_panels`` undoes it.
+    Any dtype; ``from_panels`` undoes it.
     """
-    steps, rows = words.shape
-    padded = torch.nn.functional.pad(words, (0, -rows % PANEL_ROWS))
-    return padded.view(steps, -1, PANEL_ROWS).transpose(0, 1).contiguous()
+    count = rows.shape[1]
+    whole = count // PANEL_ROWS
+    out[:whole].copy_(rows[:, : whole * PANEL_ROWS].unflatten(1, (whole, PANEL_ROWS)).transpose(0, 1))
+    if count % PANEL_ROWS:
+        out[whole].zero_()
+        out[whole, :, : count % PANEL_ROWS] = rows[:, whole * PANEL_ROWS :]
 
 
 def from_panels(panels: Tensor, rows: int) -> Tensor:
-    """Undo ``to_panels``: [P, S, 16] to [S, rows], a fresh tensor."""
+    """Undo ``fill_panels``: [P, S, 16] to [S, rows], a fresh tensor."""
     words: Tensor = panels.transpose(0, 1).flatten(1)[:, :rows].contiguous()
     return words
+
+
+def gathered_words(words: Tensor, columns: Tensor, bits: int) -> Tensor:
+    """Words whose codes are chosen column by column from others.
+
+    Args:
+        words: [S, N] int32, 32 / bits codes each, lowest bits first. Read, never written.
+        columns: [C] integer, which code each place gets, -1 for a zero. C fills whole words.
+        bits: 4 or 8.
+
+    Returns:
+        [C * bits / 32, N] int32.
+    """
+    per = 32 // bits
+    if columns.numel():
+        low, high = (int(end) for end in columns.aminmax())
+        last = words.shape[0] * per - 1
+        torch._check(low >= -1 and high <= last, lambda: f"columns must be -1..{last}, got {low}..{high}")
+    found = torch.zeros(columns.numel() // per, words.shape[1], dtype=torch.int32, device=words.device)
+    for position in range(per):
+        source = columns[position::per].long()
+        field = words.index_select(0, source.clamp(min=0) // per)
+        field >>= (source.clamp(min=0) % per * bits).int()[:, None]
+        field &= torch.where(source < 0, 0, 2**bits - 1).int()[:, None]
+        found |= field.bitwise_left_shift_(position * bits)
+    return found
+
+
+def to_panels_reference(out: Tensor, words: Tensor, columns: Tensor | None, bits: int) -> None:
+    """Move the words of a checkpoint's matrix into panels, columns in another order where that is asked for.
+
+    Args:
+        out: [ceil(N / 16), T, 16] int32, contiguous. Written in full, features that N lacks being 0.
+        words: [S, N] int32, row s holding the s-th word of every output feature, as ``qweight`` does. Read, never
+            written.
+        columns: [T * 32 / bits] int32, the column of ``words`` for each of the panels, -1 for codes of 0; None: they
+            are the same, and T = S.
+        bits: 4 or 8.
+    """
+    _check_to_panels(out, words, columns, bits)
+    fill_panels(out, words if columns is None else gathered_words(words, columns, bits))
+
+
+def to_words_reference(panels: Tensor, columns: Tensor | None, rows: int, bits: int) -> Tensor:
+    """Undo ``to_panels_reference``.
+
+    Args:
+        panels: [P, T, 16] int32. Read, never written.
+        columns: [C] int32, the column of the panels for each of the result, -1 for codes of 0, C filling whole words;
+            None: they are the same.
+        rows: output features, which the panels just hold.
+        bits: 4 or 8.
+
+    Returns:
+        [S, rows] int32, with S = C * bits / 32, or T.
+    """
+    _check_to_words(panels, columns, rows, bits)
+    words = from_panels(panels, rows)
+    return words if columns is None else gathered_words(words, columns, bits)
 
 
 def codes_of(words: Tensor, bits: int) -> Tensor:
@@ -208,6 +267,49 @@ def check_linear(
     torch._check(activation_bits in (-1, 0, 8), lambda: f"activation_bits must be -1, 0 or 8, got {activation_bits}")
 
 
+def _check_columns(columns: Tensor, bits: int) -> None:
+    torch._check(
+        columns.dim() == 1 and columns.dtype == torch.int32 and columns.numel() % (32 // bits) == 0,
+        lambda: (
+            f"columns must be int32 and fill whole words of {32 // bits} codes, "
+            f"got {list(columns.shape)} {columns.dtype}"
+        ),
+    )
+
+
+def _check_to_panels(out: Tensor, words: Tensor, columns: Tensor | None, bits: int) -> None:
+    torch._check(bits in (4, 8), lambda: f"bits must be 4 or 8, got {bits}")
+    torch._check(
+        words.dim() == 2 and words.dtype == torch.int32,
+        lambda: f"words must be [S, N] int32, got {list(words.shape)} {words.dtype}",
+    )
+    if columns is not None:
+        _check_columns(columns, bits)
+    steps = words.shape[0] if columns is None else columns.numel() * bits // 32
+    panels = -(-words.shape[1] // PANEL_ROWS)
+    torch._check(
+        out.shape == (panels, steps, PANEL_ROWS) and out.dtype == torch.int32 and out.is_contiguous(),
+        lambda: (
+            f"out must be [{panels}, {steps}, {PANEL_ROWS}] int32 and contiguous, "
+            f"got {list(out.shape)} {out.dtype} with strides {list(out.stride())}"
+        ),
+    )
+
+
+def _check_to_words(panels: Tensor, columns: Tensor | None, rows: int, bits: int) -> None:
+    torch._check(bits in (4, 8), lambda: f"bits must be 4 or 8, got {bits}")
+    torch._check(
+        panels.dim() == 3 and panels.shape[2] == PANEL_ROWS and panels.dtype == torch.int32,
+        lambda: f"panels must be [P, T, {PANEL_ROWS}] int32, got {list(panels.shape)} {panels.dtype}",
+    )
+    if columns is not None:
+        _check_columns(columns, bits)
+    torch._check(
+        rows >= 0 and -(-rows // PANEL_ROWS) == panels.shape[0],
+        lambda: f"rows must fill {panels.shape[0]} panels of {PANEL_ROWS}, got {rows}",
+    )
+
+
 def _linear_fake(
     x: Tensor,
     words: Tensor,
@@ -231,6 +333,11 @@ def _weights_fake(
     return words.new_empty(words.shape[0] * PANEL_ROWS, words.shape[1] * (32 // bits), dtype=dtype)
 
 
+def _to_words_fake(panels: Tensor, columns: Tensor | None, rows: int, bits: int) -> Tensor:
+    _check_to_words(panels, columns, rows, bits)
+    return panels.new_empty(panels.shape[1] if columns is None else columns.numel() * bits // 32, rows)
+
+
 _library = torch.library.Library("qquant", "FRAGMENT")
 _library.define(
     "panel_linear(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, "
@@ -240,9 +347,13 @@ _library.define(
     "panel_weights(Tensor words, Tensor scales, Tensor? zeros, int bits, int group_size, int zero, ScalarType dtype) "
     "-> Tensor"
 )
+_library.define("words_to_panels(Tensor(a!) out, Tensor words, Tensor? columns, int bits) -> ()")
+_library.define("panels_to_words(Tensor panels, Tensor? columns, int rows, int bits) -> Tensor")
 for _name, _reference, _fake in (
     ("panel_linear", linear_reference, _linear_fake),
     ("panel_weights", weights_reference, _weights_fake),
+    ("words_to_panels", to_panels_reference, _check_to_panels),
+    ("panels_to_words", to_words_reference, _to_words_fake),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qquant::{_name}", _fake, lib=_library)
@@ -251,5 +362,9 @@ panel_linear = torch.ops.qquant.panel_linear.default
 """``linear_reference`` by the fastest kernel that is live for the tensors' device."""
 panel_weights = torch.ops.qquant.panel_weights.default
 """``weights_reference`` likewise."""
+words_to_panels = torch.ops.qquant.words_to_panels.default
+"""``to_panels_reference`` likewise."""
+panels_to_words = torch.ops.qquant.panels_to_words.default
+"""``to_words_reference`` likewise."""
 
 _native.load_torch_ops()

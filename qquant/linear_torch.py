@@ -41,8 +41,10 @@ def obstacle(
         if group_size not in INT4_GROUPS or columns % group_size:
             return f"and its groups are of {', '.join(map(str, INT4_GROUPS))} columns, this layer's of {group_size}"
         step = 16 if device == "cpu" else 8
-        if rows % step or (device != "cpu" and columns % (16 * _INNER_K_TILES)):
-            return f"and it needs multiples of {step} outputs, this layer is [{rows}, {columns}]"
+        if rows % step:
+            return f"and it needs a multiple of {step} outputs, this layer has {rows}"
+        if device != "cpu" and columns % (16 * _INNER_K_TILES):
+            return f"and on {device} it needs a multiple of {16 * _INNER_K_TILES} inputs, this layer has {columns}"
         return ""
     if bits == 8:
         whole = group_size >= columns and one_zero == 128

@@ -15,12 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qquant import telling
 from qquant.decoder_step import use_decoder_step
 from qquant.dense_linear import use_dense_kernel
 from qquant.errors import BadModelError, UsageError
+from qquant.heap import return_unused_memory
 from qquant.kv_attention import use_decode_kernel
-from qquant.linear import QuantLinear, told
-from qquant.linear_kernels import ANY, NEED_PANELS, Implementation, Step, described, place_of
+from qquant.linear import QuantLinear
+from qquant.linear_kernels import ANY, NEED_PANELS, Implementation, Kernel, Step, described, place_of
 from qquant.linear_ops import panel_linear
 from qquant.models.layouts import siblings
 from qquant.panels import ROWS, PanelForm, PanelTensors, large_pages, make_room
@@ -32,6 +34,8 @@ Fill = Callable[[str, QuantLinear], None]
 
 _LINE_BYTES = 64
 """Of a processor's cache: no tensor of the arena begins inside one."""
+_RETURNS = 16
+"""How often memory that a checkpoint was read into is given back while it is loaded."""
 
 
 class _Arena:
@@ -84,8 +88,9 @@ def attach_kernels(model: nn.Module, fill: Fill | None = None) -> list[str]:
 
     Layers are taken in model order and one set of siblings at a time, so that what is held beside the result is the
     size of such a set. Siblings, linears known to read one input, are computed by one call where their panels allow it.
-    Large linears that are not packed, norms and attention get kernels of their own (docs/decode.md); weights must be
-    loaded by then. May be called again, say after a move to another device.
+    Large linears that are not packed, norms and attention get kernels of their own (docs/decode.md), unless every
+    packed linear is to run the reference; weights must be loaded by then. May be called again, say after a move to
+    another device; what an earlier call put in the place of other modules stays there.
 
     Args:
         model: modified in place; its state dict stays what it was. Without a packed linear, nothing is done.
@@ -104,7 +109,8 @@ def attach_kernels(model: nn.Module, fill: Fill | None = None) -> list[str]:
     dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
     arena = _Arena(sum(_most_bytes(layer) for layer in layers.values()))
     found: Counter[str] = Counter()
-    for names in _sets(model, list(layers)):
+    sets = list(_sets(model, list(layers)))
+    for number, names in enumerate(sets, 1):
         for name in names:
             if fill is not None:
                 fill(name, layers[name])
@@ -112,10 +118,15 @@ def attach_kernels(model: nn.Module, fill: Fill | None = None) -> list[str]:
         with torch.inference_mode(False), torch.no_grad():
             choices = [_choose(name, layers[name], dtype) for name in names]
             _pack(choices, arena)
+        # What was read and then packed; at every set it would take a third of the time of loading.
+        if fill is not None and (number == len(sets) or number % max(1, len(sets) // _RETURNS) == 0):
+            return_unused_memory()
         for choice in choices:
             found[_line(choice)] += 1
-            told.update(step.why for step in choice.steps if step.implementation is Implementation.REFERENCE)
+            telling.said.update(step.why for step in choice.steps if step.implementation is Implementation.REFERENCE)
     lines = [line.format(f"{count} linear{'s' if count > 1 else ''}") for line, count in found.items()]
+    if all(layer.kernel is Kernel.REFERENCE for layer in layers.values()):
+        return lines  # who asks for the reference wants to compare with it: plain torch for the whole model
     lines += [*use_dense_kernel(model), *use_norm_kernel(model), *use_decode_kernel(model)]
     return lines + use_decoder_step(model)
 
@@ -178,7 +189,7 @@ def _likeness(layer: QuantLinear, form: PanelForm, order: Tensor | None) -> tupl
 
 def _multiplier(bits: int, form: PanelForm) -> Multiply:
     def multiply(panels: PanelTensors, widths: list[int], activation_bits: int) -> Call:
-        arguments = (*panels, widths, bits, form.group_size, form.zero or 0, activation_bits)
+        arguments = form.arguments(panels, widths, bits, activation_bits)
 
         def call(x: Tensor) -> list[Tensor]:
             found: list[Tensor] = panel_linear(x, *arguments)

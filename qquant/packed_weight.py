@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qquant.errors import UsageError
-from qquant.linear_ops import from_panels, panel_weights
+from qquant.linear_ops import fill_panels, from_panels, panel_weights, panels_to_words, words_to_panels
 from qquant.packing import dequantize, in_order, pack_codes, pack_zeros, unpack_zeros
 from qquant.panels import (
     ROWS,
@@ -23,11 +23,13 @@ from qquant.panels import (
     PanelTensors,
     Siblings,
     column_order,
-    fill_panels,
-    gathered_words,
     make_room,
     stored_places,
 )
+from qquant.telling import say_once
+
+WIDTHS = (2, 3, 4, 8)
+"""Bits of a code that the GPTQ format knows."""
 
 STORED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 """The checkpoint's tensors of a layer."""
@@ -40,6 +42,14 @@ def _stored_tensor(name: str) -> Any:
     """A tensor of the checkpoint as an attribute: it is there in the stored form only, so asking for it unpacks."""
 
     def read(weight: PackedWeight) -> Tensor | None:
+        if weight.packed:
+            say_once(
+                f"{name} of a packed linear was looked at: it goes back to the checkpoint's tensors until its next "
+                "call, and linears computed with it go their own ways; stored() shows them and leaves it packed, and "
+                "qquant.model_kernels.attach_kernels packs siblings together again",
+                "unpacked by a look",
+                logger="qquant.kernels",
+            )
         weight.unpack()
         buffers = weight._buffers
         if name not in buffers:
@@ -73,6 +83,9 @@ class PackedWeight(nn.Module):
         version: 1 (``zero - 1`` stored) or 2.
         scales_dtype: dtype of the stored scales.
         device: where the buffers are made; "meta" while loading.
+
+    Raises:
+        UsageError: other bits, or a group size below 1 that is not -1.
     """
 
     qweight = _stored_tensor("qweight")  # [K * bits / 32, N] int32
@@ -95,6 +108,10 @@ class PackedWeight(nn.Module):
     ) -> None:
         """Make empty buffers of the right shapes."""
         super().__init__()
+        if bits not in WIDTHS:
+            raise UsageError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
+        if group_size != -1 and group_size < 1:
+            raise UsageError(f"group_size must be 1 or more, or -1 for one group per row, got {group_size!r}")
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, in_features if group_size == -1 else group_size
         self.version = version
@@ -186,8 +203,7 @@ class PackedWeight(nn.Module):
             sizes, order = form or self.panel_form()
             stored = self.stored()
             room = room or make_room(sizes, self.device)
-            words = stored["qweight"] if order is None else gathered_words(stored["qweight"], order, self.bits)
-            fill_panels(room.words, words)
+            words_to_panels(room.words, stored["qweight"], order, self.bits)
             fill_panels(room.scales, stored["scales"])
             if room.zeros is not None:
                 fill_panels(room.zeros, self._zeros(stored))
@@ -254,11 +270,10 @@ class PackedWeight(nn.Module):
         rows, device = self.out_features, words.device
         if words.is_meta:  # no numbers, which the rest looks at
             return {name: tensor for name, tensor in self._empty(device).items() if tensor is not None}
-        qweight = from_panels(words, rows)
-        g_idx = in_order(self.in_features, form.group_size, device)
-        if order is not None:
-            places = stored_places(order, self.in_features)
-            qweight, g_idx = gathered_words(qweight, places, self.bits), (places // form.group_size).int()
+        places = None if order is None else stored_places(order, self.in_features)
+        qweight = panels_to_words(words, places, rows, self.bits)
+        size = form.group_size
+        g_idx = in_order(self.in_features, size, device) if places is None else places // size
         codes = from_panels(zeros, rows) if zeros is not None else qweight.new_full((form.groups, rows), form.zero or 0)
         # Version 1's one is taken off whole words, whatever their fields, as unpack_zeros adds it.
         one = pack_codes(torch.full((32 // self.bits, 1), int(self.version == 1), device=device), self.bits)

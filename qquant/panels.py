@@ -1,4 +1,4 @@
-"""The panel form of one packed linear: its sizes, the places of its columns, and words moved in and out.
+"""The panel form of one packed linear: its sizes, its memory, and the places of its columns.
 
 Panels hold a group's columns as neighbours, in whole words. Where a checkpoint orders them otherwise, or a group does
 not fill its last word, ``order`` says which column is at each place. What the operators do with panels is
@@ -38,6 +38,19 @@ class PanelForm(NamedTuple):
     """The zero of all groups, or None: a tensor holds them."""
     scales_dtype: torch.dtype
     bias: bool
+
+    def arguments(
+        self, panels: PanelTensors, widths: list[int], bits: int, activation_bits: int
+    ) -> tuple[Tensor | list[int] | int | None, ...]:
+        """What ``linear_ops.panel_linear`` takes after ``x``.
+
+        Args:
+            panels: of this form, or of several layers of it side by side.
+            widths: output features of each layer.
+            bits: of a code.
+            activation_bits: see ``linear_kernels.ACTIVATION_BITS``.
+        """
+        return *panels, widths, bits, self.group_size, self.zero or 0, activation_bits
 
 
 class PanelTensors(NamedTuple):
@@ -103,7 +116,7 @@ class Siblings(Protocol):
 def large_pages(size_bytes: int) -> mmap.mmap | None:
     """Memory of a CPU in pages of 2 MB, where the system gives them, touched only where it is written; None: nowhere.
 
-    Reading from such pages was measured at 26 to 30 GB/s, from those of 4 KB at 18 to 20 (Zen 4, one thread).
+    What such pages are worth is measured in docs/linear.md.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):
         return None
@@ -164,40 +177,8 @@ def column_order(g_idx: Tensor, *, groups: int, group_size: int, step: int) -> t
 
 
 def stored_places(order: Tensor, columns: int) -> Tensor:
-    """Undo an order: [columns] int64, the place of each column."""
-    places = torch.empty(columns, dtype=torch.int64, device=order.device)
+    """Undo an order: [columns] int32, the place of each column."""
+    places = torch.empty(columns, dtype=torch.int32, device=order.device)
     held = order >= 0
-    places[order[held].long()] = held.nonzero()[:, 0]
+    places[order[held].long()] = held.nonzero()[:, 0].int()
     return places
-
-
-def gathered_words(words: Tensor, columns: Tensor, bits: int) -> Tensor:
-    """Words whose codes are chosen column by column from others.
-
-    Args:
-        words: [S, N] int32, 32 / bits codes each, lowest bits first. Read, never written.
-        columns: [C] integer, which code each place gets, -1 for a zero. C fills whole words.
-        bits: 4 or 8.
-
-    Returns:
-        [C * bits / 32, N] int32.
-    """
-    per = 32 // bits
-    found = torch.zeros(columns.numel() // per, words.shape[1], dtype=torch.int32, device=words.device)
-    for position in range(per):
-        source = columns[position::per].long()
-        field = words.index_select(0, source.clamp(min=0) // per)
-        field >>= (source.clamp(min=0) % per * bits).int()[:, None]
-        field &= torch.where(source < 0, 0, 2**bits - 1).int()[:, None]
-        found |= field.bitwise_left_shift_(position * bits)
-    return found
-
-
-def fill_panels(out: Tensor, rows: Tensor) -> None:
-    """Write [S, N] as panels [ceil(N / 16), S, 16] into ``out``, features that N lacks being 0."""
-    count = rows.shape[1]
-    whole = count // ROWS
-    out[:whole].copy_(rows[:, : whole * ROWS].unflatten(1, (whole, ROWS)).transpose(0, 1))
-    if count % ROWS:
-        out[whole].zero_()
-        out[whole, :, : count % ROWS] = rows[:, whole * ROWS :]

@@ -7,6 +7,7 @@ How transformers comes to call this is kv_attention.py's; attention over an Int8
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,13 +99,20 @@ decode_attention = torch.ops.qquant.decode_attention.default
 _native.load_torch_ops()
 
 
+@torch.compiler.assume_constant_result
 def kernel_is_live() -> bool:
-    """Whether a compiled kernel serves the operator on this CPU; it is written for AVX-512."""
+    """Whether a compiled kernel serves the operator on this CPU; it is written for AVX-512.
+
+    Raises:
+        UsageError: QQUANT_CPU_ISA names no instruction set.
+    """
+    return _kernel_is_live()
+
+
+@cache
+def _kernel_is_live() -> bool:
     built = torch._C._dispatch_has_kernel_for_dispatch_key(_OPERATOR, "CPU")
-    return built and bool(torch.ops.qquant.decode_attention_is_here())
-
-
-_LIVE = kernel_is_live()
+    return built and bool(_native.answer("decode_attention_is_here"))
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
@@ -118,7 +126,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, optio
         options: all other arguments.
     """
     return (
-        _LIVE
+        kernel_is_live()
         and query.shape[2] == 1
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
         and query.device.type == "cpu"
@@ -132,7 +140,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, optio
 
 def takes(options: Mapping[str, Any]) -> bool:
     """Whether the kernel knows all options of a call that change the result."""
-    return _LIVE and not options.get("dropout") and all(options.get(name) is None for name in _FOREIGN)
+    return kernel_is_live() and not options.get("dropout") and all(options.get(name) is None for name in _FOREIGN)
 
 
 def attend(

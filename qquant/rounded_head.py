@@ -15,10 +15,11 @@ from qquant.affine import choose_qparams, quantize
 from qquant.dense_linear import DenseLinear
 from qquant.errors import UsageError
 from qquant.linear import QuantLinear
-from qquant.linear_kernels import Kernel, described, place_of
+from qquant.linear_kernels import Implementation, Kernel, described, place_of
+from qquant.linear_ops import fill_panels
 from qquant.packed_weight import PackedWeight
 from qquant.packing import pack_codes, packable
-from qquant.panels import ROWS, PanelForm, fill_panels, make_room
+from qquant.panels import ROWS, PanelForm, make_room
 
 HEAD_BITS = 8
 """The only width: less costs more than it saves where every logit passes through one matrix."""
@@ -60,7 +61,8 @@ def round_head(model: Any, *, bits: int = HEAD_BITS, kernel: Kernel | str = Kern
 
     Raises:
         UsageError: other bits, a model that is not quantized or has no projection of its own that can be rounded, or a
-            kernel that is not there. The model is then as it was.
+            kernel that is not there, even for ``auto``: without one a rounded head is slower than the stored one. The
+            model is then as it was.
         NumericError: weights too large for float16 scales.
     """
     check_head_bits(bits)
@@ -73,6 +75,12 @@ def round_head(model: Any, *, bits: int = HEAD_BITS, kernel: Kernel | str = Kern
             steps = rounded.prepare(head.weight.dtype)
         except UsageError as error:
             raise UsageError(f"{name} cannot be rounded to {bits} bits here: {error}") from error
+    slow = next((step for step in steps if step.implementation is Implementation.REFERENCE), None)
+    if slow is not None and rounded.kernel is not Kernel.REFERENCE:
+        raise UsageError(
+            f"{name} cannot be rounded to {bits} bits here: all of it would be dequantized for every token, "
+            f"{slow.why}; leave head_bits out, or choose kernel 'reference'"
+        )
     model.set_output_embeddings(rounded.train(head.training))
     # Called before anything is written; the state dict alone would be asked for behind config.json.
     model.save_pretrained = _refuse_saving

@@ -132,7 +132,7 @@ class CheckpointReader:
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise BadModelError(f"tensor {name} is missing from {self.folder}")
+            raise BadModelError(f"tensor {name} is missing from {self.folder}; get the model again")
         return self.entries[name]
 
 

@@ -6,8 +6,6 @@ brings a block in and takes it away again. Mathematics is in solver.py, files ar
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +18,13 @@ from torch import Tensor, nn
 from qquant.capture import BlockSource, Stream, discover_stages, first_output, input_of
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import NumericError, QquantError
+from qquant.heap import return_unused_memory
 from qquant.models.layouts import Unit, block_list, linears
 from qquant.solver import Hessian, Solution, relative_error, solve
 
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
 # otherwise the unit is run again. Either way the numbers are the same.
 _KEPT_TAIL_BYTES = 256 * 2**20
-_M_MMAP_THRESHOLD = -3  # mallopt's number for it, from glibc's malloc.h
 
 
 Emit = Callable[[str, nn.Linear, Solution, QuantizeConfig], None]
@@ -77,7 +75,7 @@ class Walk:
                     self._unit(block, prefix, unit, stream, calls)
             _check_finite(stream, prefix)
             self.source.release(index)
-            _return_unused_memory()
+            return_unused_memory()
 
     def _unit(self, block: nn.Module, prefix: str, unit: Unit, stream: Stream, calls: list[dict[str, Any]]) -> None:
         """Quantize one residual unit stage by stage and add its output to the stream."""
@@ -162,7 +160,7 @@ class Walk:
         Linears with the same settings are solved as one tall matrix: rows do not see one another, so the result is
         the same and the column loop runs once.
         """
-        _return_unused_memory()
+        return_unused_memory()
         try:
             hessian = None if accumulated is None else accumulated.finish()
         except NumericError as error:
@@ -248,24 +246,3 @@ def _check_finite(stream: Stream, prefix: str) -> None:
     for i, hidden in enumerate(stream.hidden):
         if not bool(torch.isfinite(hidden).all()):
             raise NumericError(f"activations must be finite, got NaN or Inf after {prefix} (calibration sample {i})")
-
-
-def keep_heap_small() -> None:
-    """Let every large tensor of this process have pages of its own, which go back to Linux when it is freed.
-
-    glibc raises the size from which it does so to 32 MB as a program runs; activations of a few MB then share the heap
-    with everything else, and its peak creeps up from block to block. For a process that does nothing but quantize.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def _return_unused_memory() -> None:
-    """Hand freed heap pages back to Linux.
-
-    Activations that live long lie between temporaries of a stage; glibc keeps the freed pages, and after a few blocks
-    the process would hold half as much again as it uses.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

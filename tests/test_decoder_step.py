@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
 
 from qquant.cache_room import Room
-from qquant.decoder_step import DecoderStep, use_decoder_step
+from qquant.decoder_step import DecoderStep
 from qquant.layer_ops import kernels_are_live
 from qquant.random_models import random_model
 
@@ -20,11 +20,9 @@ pytestmark = pytest.mark.skipif(not kernels_are_live(), reason="qquant._C is not
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def make(family: str = "qwen2", precision: Any = "int4") -> Any:
-    config = AutoConfig.for_model(family, num_hidden_layers=2, vocab_size=300, head_dim=32, **SIZES)
-    model = random_model(config, precision=precision, dtype=torch.bfloat16, device=torch.device("cpu"))
-    use_decoder_step(model)
-    return model
+def make(family: str = "qwen2", precision: Any = "int4", sizes: dict[str, int] | None = None) -> Any:
+    config = AutoConfig.for_model(family, num_hidden_layers=2, vocab_size=300, head_dim=32, **SIZES | (sizes or {}))
+    return random_model(config, precision=precision, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def layers_of(model: Any) -> list[nn.Module]:

@@ -12,7 +12,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from qquant import _native, doctor
+from qquant import _native, doctor, linear_kernels
+from qquant.errors import UsageError
+from tests.isa_runs import run_for_each
 
 app = typer.Typer()
 app.command()(doctor.doctor_command)
@@ -110,6 +112,48 @@ def test_missing_native_modules_leave_the_core_healthy_and_are_explained() -> No
         assert rows[name]["found"] == "switched off by QQUANT_NATIVE=0"
         assert rows[name]["fix"] == _native.REBUILD
     assert rows["read bandwidth"]["state"] == "absent"
+
+
+def test_a_wrong_name_of_an_instruction_set_is_broken_and_every_question_is_answered_alike() -> None:
+    """The compiled module reads the variable once per process, so this is one of its own."""
+    if _native._load("qquant._C")[0] is None:
+        pytest.skip("qquant._C is not built here")
+    code = (
+        "import torch\n"
+        "from qquant import dense_linear, doctor, kv_attention, linear_kernels, linear_ops, plain_attention\n"
+        "from qquant.errors import UsageError\n"
+        "rows = {row['name']: row for row in doctor.examine()}\n"
+        "print(rows['qquant._C']['state'], rows['qquant._C']['found'], rows['qquant._C']['fix'], sep='|')\n"
+        "assert not [name for name in rows if name.endswith(' cpu')]\n"
+        "here = torch.device('cpu')\n"
+        "for ask in (plain_attention.kernel_is_live, dense_linear.kernel_is_live,\n"
+        "            lambda: linear_kernels.place_of(here)):\n"
+        "    try:\n"
+        "        ask()\n"
+        "    except UsageError as error:\n"
+        "        print(error)\n"
+    )
+    outcome = run_for_each(["sse9"], code)["sse9"]
+    assert outcome.returncode == 0, outcome.said
+    row, *answers = outcome.said.splitlines()
+    state, found, fix = row.split("|")
+    assert (state, fix) == ("broken", "unset QQUANT_CPU_ISA")
+    assert found.startswith("QQUANT_CPU_ISA must be one of portable, avx2, ")
+    assert "got 'sse9'" in found
+    assert answers == [found] * 3
+
+
+def test_a_broken_kernel_module_ends_the_command_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(operator: str) -> None:
+        raise UsageError("QQUANT_CPU_ISA must be one of portable, got 'foo'")
+
+    if _native._load("qquant._C")[0] is None:
+        pytest.skip("qquant._C is not built here")
+    monkeypatch.setattr(_native, "answer", refuse)
+    monkeypatch.setattr(linear_kernels, "_place_of", linear_kernels._place_of.__wrapped__)
+    code, rows = findings("qquant._C")
+    assert code == 1
+    assert rows["qquant._C"]["state"] == "broken"
 
 
 @pytest.mark.slow  # reads memory for seconds

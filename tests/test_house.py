@@ -82,6 +82,7 @@ FLOORS = {
         "shared_input",
         "dense_linear",
         "rms_norm",
+        "layer_trial",
         "gptq_keys",
         "kv_store",
         "kv_attention",
@@ -117,6 +118,8 @@ FLOORS = {
         "linear_torch",
         "panels",
         "plain_attention",
+        "layer_turns",
+        "heap",
         "cache_room",
         "affine",
         "packing",
@@ -156,6 +159,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 SAME_FLOOR = {
     "cli": {"gptq", "eval", "doctor", "inspect", "chat", "plan", "profile", "report"},
     "__main__": {"cli"},
+    "_native": {"errors"},
 }
 """The only imports between rooms of one floor."""
 

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qquant import kv_attention, kv_ops, plain_attention
+from qquant import kv_attention, kv_ops, plain_attention, telling
 from qquant.kv_cache_quant import Int8KVCache
 
 PROMPT = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,7 @@ PADDED = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
 
 @pytest.fixture(autouse=True)
 def say_again() -> None:
-    kv_attention._said.clear()
+    telling.said.clear()
 
 
 def load(folder: Path, attention: str = "sdpa") -> Any:
@@ -280,7 +280,6 @@ def test_one_token_over_a_bfloat16_cache_takes_the_kernel(
         seen.append(tuple(query.shape))
         return attend(query, *rest)
 
-    monkeypatch.setattr(plain_attention, "_LIVE", True)
     monkeypatch.setattr(plain_attention, "kernel_is_live", lambda: True)
     monkeypatch.setattr(plain_attention, "attend", record)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint("qwen2", dtype=torch.bfloat16))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3NextConfig, T5Config
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from qquant import kv_attention, kv_ops
+from qquant import kv_ops, telling
 from qquant.errors import BadModelError, UsageError
 from qquant.kv_attention import QuantizedStates
 from qquant.kv_cache_quant import Int8KVCache, dequantize_cache_torch, quantize_cache_v
@@ -356,7 +356,7 @@ def test_an_unknown_option_value_is_named(option: str, value: str) -> None:
 
 def test_eager_attention_is_left_alone_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     eager = config(attn_implementation="eager")
-    kv_attention._said.clear()
+    telling.said.clear()
     with caplog.at_level("WARNING", logger="qquant"):
         Int8KVCache(eager)
         Int8KVCache(eager)

@@ -5,11 +5,7 @@ Run as a program, it checks the kernels of the instruction set that QQUANT_CPU_I
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qquant import _native, kv_ops
+from tests.isa_runs import Outcome, run_for_each
 
-ROOT = Path(__file__).parent.parent
 LIVE = any(module.live for module in _native.status() if module.name == "qquant._C")
 needs_kernels = pytest.mark.skipif(not LIVE, reason="the CPU kernels (qquant._C) are not built")
 
@@ -401,34 +397,28 @@ def test_attention_says_what_is_wrong(name: str) -> None:
         kv_ops.decode_attention(*given, 0.1)
 
 
-def run_with(isa: str, code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "QQUANT_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@needs_kernels
-@pytest.mark.slow  # each starts an interpreter and imports torch
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
-def test_every_instruction_set_passes_the_same_checks(isa: str) -> None:
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Outcome]:
+    """The checks of this file under every instruction set that this file's kernels have, and under one there is not."""
     code = "import torch; from tests import test_kv_ops as t; print(torch.ops.qquant.cpu_kernel_info()); "
-    result = run_with(isa, code + "t.check_kernels()")
-    if f"kv_append: {isa}," not in result.stdout and result.returncode == 0:
-        pytest.skip(f"this processor has no {isa}")
-    assert result.returncode == 0, result.stderr
+    return run_for_each(["portable", "avx2", "avx512", "avx512_vnni", "sse9"], code + "t.check_kernels()")
 
 
 @needs_kernels
 @pytest.mark.slow  # starts an interpreter and imports torch
-def test_an_unknown_instruction_set_is_refused() -> None:
-    result = run_with("sse9", "import torch; from qquant import kv_ops; print(torch.ops.qquant.cpu_kernel_info())")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
+def test_every_instruction_set_passes_the_same_checks(runs: dict[str, Outcome], isa: str) -> None:
+    assert runs[isa].returncode == 0, runs[isa].said
+    if f"kv_append: {isa}," not in runs[isa].said:
+        pytest.skip(f"this processor has no {isa}")
+
+
+@needs_kernels
+@pytest.mark.slow  # starts an interpreter and imports torch
+def test_an_unknown_instruction_set_is_refused(runs: dict[str, Outcome]) -> None:
     names = "portable, avx2, avx512, avx512_vnni, avx512_bf16"
-    assert f"QQUANT_CPU_ISA must be one of {names}, got 'sse9'" in result.stderr
+    assert runs["sse9"].returncode == 1
+    assert f"QQUANT_CPU_ISA must be one of {names}, got 'sse9'" in runs["sse9"].said
 
 
 @pytest.mark.parametrize("name", ["decode", "gqa7", "left_padding", "multi_query", "other_value_size"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qquant import linear
+from qquant import linear, telling
 from qquant.errors import BadModelError, UsageError
 from qquant.linear import QuantLinear, gptq_linear
 from qquant.linear_kernels import Place
@@ -261,7 +261,7 @@ def test_int4_kernel_serves_plain_groups_in_bfloat16_where_ours_is_not_built() -
 
 @pytest.mark.usefixtures("without_kernels")
 def test_a_slower_path_is_explained_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "told", set())
+    monkeypatch.setattr(telling, "said", set())
     for seed in range(2):
         layer, _, _ = make_layer(kernel="auto", seed=seed)
         layer(inputs(2))
@@ -539,7 +539,7 @@ def test_a_state_that_does_not_fit_leaves_a_packed_layer_as_it_was(with_kernels:
 def test_a_layer_that_is_traced_before_its_first_call_says_so_once(
     with_kernels: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "told", set())
+    monkeypatch.setattr(telling, "said", set())
     layer, _, _ = make_layer(kernel="auto")
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     for tokens in (2, 3):

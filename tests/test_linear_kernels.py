@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Any
 
@@ -10,7 +11,20 @@ import torch
 
 from qquant import doctor, linear_ops
 from qquant.errors import UsageError
-from qquant.linear_kernels import ANY, CPU_LEVELS, OURS, TORCH, Kernel, Place, described, place_of, steps_of, wished
+from qquant.linear_kernels import (
+    ANY,
+    CPU_LEVELS,
+    OURS,
+    TORCH,
+    Kernel,
+    Place,
+    check_activation_bits,
+    described,
+    place_of,
+    steps_of,
+    wished,
+)
+from qquant.linear_torch import obstacle
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
@@ -134,7 +148,11 @@ REFUSED: dict[str, tuple[Place, dict[str, Any], str]] = {
     "3 bits": (cpu("avx512"), {"bits": 3}, "there is none for 3 bits"),
     "the reference": (cpu("avx512"), {"kernel": "reference"}, "kernel 'reference' is not one"),
     "torch's kernels": (cpu("avx512"), {"kernel": "torch"}, "kernel 'torch' is not one"),
-    "4 bits of activations": (cpu("avx512"), {"activation_bits": 4}, "the only number it takes is 8, got 4"),
+    "4 bits of activations": (
+        cpu("avx512"),
+        {"activation_bits": 4},
+        "activation_bits must be 8, or left out .*, got 4",
+    ),
 }
 
 
@@ -154,6 +172,24 @@ def test_a_plain_string_names_a_kernel(kernel: str) -> None:
 def test_a_word_that_names_no_kernel_is_refused() -> None:
     with pytest.raises(UsageError, match="must be one of auto, reference, kernel, torch, got 'fast'"):
         wished("fast")
+
+
+def test_what_is_no_word_is_refused_as_it_came() -> None:
+    with pytest.raises(UsageError, match=r"got None$"):
+        wished(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", ["8", 5, 8.0, True, 0], ids=repr)
+def test_bits_that_activations_cannot_be_rounded_to_are_refused_as_they_came(bits: Any) -> None:
+    with pytest.raises(UsageError, match=f"activation_bits must be 8, or left out .*, got {re.escape(repr(bits))}$"):
+        check_activation_bits(bits)
+
+
+def test_what_keeps_torchs_int4_kernel_from_a_layer_is_named() -> None:
+    layer: dict[str, Any] = {"bits": 4, "group_size": 32, "ordered": True, "one_zero": 8}
+    assert not obstacle(**layer, rows=64, columns=96, device="cpu")
+    assert "multiple of 16 outputs, this layer has 72" in obstacle(**layer, rows=72, columns=96, device="cpu")
+    assert "multiple of 128 inputs, this layer has 96" in obstacle(**layer, rows=64, columns=96, device="cuda")
 
 
 def test_what_is_chosen_is_said_in_one_line() -> None:
@@ -178,8 +214,8 @@ def test_this_processor_has_an_instruction_set_of_the_table() -> None:
 def test_doctor_says_what_serves_each_width_and_dtype() -> None:
     rows = {row["name"]: row for row in doctor.examine() if row["area"] == "linear"}
     assert [name for name in rows if name.endswith("cpu")] == [
-        "int4 bfloat16 cpu", "int4 float32 cpu", "int8 bfloat16 cpu", "int8 float32 cpu"
-    ]  # fmt: skip
+        f"int{bits} {dtype} cpu" for bits in (4, 8) for dtype in ("bfloat16", "float16", "float32")
+    ]
     expected = described(steps_of(HERE, dtype=BF16, bits=4), HERE)
     assert rows["int4 bfloat16 cpu"]["found"] == expected
     assert rows["int4 bfloat16 cpu"]["state"] == ("absent" if HERE.missing else "ok")

@@ -5,11 +5,7 @@ What linears they are asked is drawn by linear_cases.py; the same kernels withou
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +16,9 @@ from torch import Tensor
 
 from qquant import _native, linear_ops
 from tests import linear_cases
+from tests.isa_runs import Outcome, run_for_each
 from tests.linear_cases import Call, Case, expected, make
 
-ROOT = Path(__file__).parent.parent
 LIVE = any(module.live for module in _native.status() if module.name == "qquant._C")
 TILES = LIVE and "avx512_bf16" in torch.ops.qquant.cpu_kernel_info()
 needs_kernels = pytest.mark.skipif(not LIVE, reason="the CPU kernels (qquant._C) are not built")
@@ -124,8 +120,8 @@ def test_weights_have_the_bits_of_the_reference(drawn: Case, dtype: torch.dtype)
 @given(st.integers(1, 9), st.integers(1, 50), st.integers(0, 2**16))
 def test_panels_give_the_words_back(steps: int, rows: int, seed: int) -> None:
     words = torch.randint(-(2**31), 2**31, (steps, rows), generator=torch.Generator().manual_seed(seed)).int()
-    panels = linear_ops.to_panels(words)
-    assert panels.shape == (-(-rows // 16), steps, 16)
+    panels = torch.empty(-(-rows // 16), steps, 16, dtype=torch.int32)
+    linear_ops.fill_panels(panels, words)
     assert torch.equal(linear_ops.from_panels(panels, rows), words)
 
 
@@ -288,19 +284,17 @@ def test_tiles_take_bfloat16_only() -> None:
         run(make(Case(dtype=torch.float16)), activation_bits=-1)
 
 
-@needs_kernels
-@pytest.mark.slow  # each starts an interpreter and imports torch
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
-def test_every_instruction_set_passes_the_same_checks(isa: str) -> None:
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Outcome]:
+    """The checks of this file under every instruction set."""
     code = "from tests import test_linear_ops as t; print(t.torch.ops.qquant.cpu_kernel_info()); t.check_kernels()"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "QQUANT_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    if f"panel_linear: {isa}," not in result.stdout:
+    return run_for_each(["portable", "avx2", "avx512", "avx512_vnni"], code)
+
+
+@needs_kernels
+@pytest.mark.slow  # starts an interpreter and imports torch
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
+def test_every_instruction_set_passes_the_same_checks(runs: dict[str, Outcome], isa: str) -> None:
+    assert runs[isa].returncode == 0, runs[isa].said
+    if f"panel_linear: {isa}," not in runs[isa].said:
         pytest.skip(f"this processor has no {isa}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qquant
-from qquant import linear, linear_ops, model_kernels
+from qquant import linear, linear_ops, model_kernels, telling
 from qquant.errors import BadModelError, UsageError
 from qquant.linear import QuantLinear
 from qquant.linear_kernels import Kernel, Place
@@ -371,9 +371,7 @@ def test_the_reason_for_the_reference_is_in_its_line_and_not_said_again(
     place = Place("cpu", "avx2", "avx2", "qquant._C: not built")
     monkeypatch.setattr(linear, "place_of", lambda _: place)
     monkeypatch.setattr(model_kernels, "place_of", lambda _: place)
-    told: set[str] = set()
-    monkeypatch.setattr(linear, "told", told)
-    monkeypatch.setattr(model_kernels, "told", told)
+    monkeypatch.setattr(telling, "said", set())
     model = load(folder, "auto")
     assert attach_kernels(model) == ["int4 g32, 14 linears: reference (dequantize, multiply) (qquant._C: not built)"]
     logits_of(model)

@@ -204,7 +204,7 @@ def test_the_wanted_kernel_reaches_every_layer_and_no_file(packed: Path, tmp_pat
     ("options", "words"),
     [
         ({"kernel": "fast"}, "kernel must be one of auto, reference, kernel, torch, got 'fast'"),
-        ({"activation_bits": 4}, "the only number it takes is 8"),
+        ({"activation_bits": 4}, "activation_bits must be 8"),
         ({"activation_bits": 8, "kernel": "reference"}, "kernel 'reference' is not one"),
     ],
     ids=["no such kernel", "four bits", "the reference with eight bits"],

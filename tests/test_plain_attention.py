@@ -169,12 +169,12 @@ CALL: dict[str, Any] = {
 def test_what_the_kernel_does_not_know_it_does_not_take(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], served: bool
 ) -> None:
-    monkeypatch.setattr(room, "_LIVE", True)
+    monkeypatch.setattr(room, "kernel_is_live", lambda: True)
     assert serves(**{**CALL, **changes}) is served
 
 
 def test_nothing_is_served_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_LIVE", False)
+    monkeypatch.setattr(room, "kernel_is_live", lambda: False)
     assert not serves(**CALL)
 
 

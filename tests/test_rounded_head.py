@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from typer.testing import Result
 
-from qquant import linear_kernels, results, rounded_head
+from qquant import _native, linear, linear_kernels, results, rounded_head
 from qquant.checkpoint import load_quantized
 from qquant.compat.saving import save_model
 from qquant.dense_linear import DenseLinear
@@ -37,6 +37,8 @@ def kernels() -> Iterator[None]:
     """As if the compiled kernels were here; where they are not, the reference does their work."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_kernels, "_missing", lambda module, key: "")
+        if _native._load("qquant._C")[0] is None:
+            patch.setattr(_native, "describe", lambda name: "panel_linear: avx2")
         patch.setattr(linear_kernels, "_place_of", linear_kernels._place_of.__wrapped__)
         yield
 
@@ -203,6 +205,18 @@ def test_a_kernel_that_cannot_serve_the_head_is_refused(packed: Callable[[bool],
     with pytest.raises(UsageError, match="lm_head cannot be rounded to 8 bits here: kernel 'torch' needs"):
         round_head(model, kernel="torch")
     assert "lm_head.weight" in model.state_dict()
+
+
+def test_a_head_that_nothing_faster_than_the_reference_serves_is_refused(
+    packed: Callable[[bool], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_quantized(packed(False), kernel="reference")
+    stored = model.get_output_embeddings()
+    monkeypatch.setattr(linear, "place_of", lambda _: linear_kernels.Place("cpu", "avx2", "avx2", "not built"))
+    with pytest.raises(UsageError, match="dequantized for every token, not built; leave head_bits out"):
+        round_head(model)
+    assert model.get_output_embeddings() is stored
+    assert "reference" in round_head(model, kernel="reference")
 
 
 def test_loading_says_what_runs_the_head(packed: Callable[[bool], Path], caplog: pytest.LogCaptureFixture) -> None:

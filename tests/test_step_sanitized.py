@@ -1,4 +1,4 @@
-"""The kernels of one decoding step, norm and attention, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""What one decoding step does beside its linears, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 
 from tests.test_linear_sanitized import FLAGS, KERNELS, ROOT, compiler
 
-SOURCES = [ROOT / "tests" / "csrc" / "step_harness.cpp", *(KERNELS / f"{name}.cpp" for name in ("isa", "rms_norm"))]
-CASES = 200
+PROGRAM = ROOT / "tests" / "csrc" / "step_harness.cpp"
+SOURCES = [PROGRAM, *(KERNELS / f"{name}.cpp" for name in ("isa", "rms_norm", "plain_attention", "layer_step"))]
+CASES = 400
+"""A hundred of each kind."""
 
 pytestmark = pytest.mark.slow  # compiles
 
@@ -20,8 +22,7 @@ pytestmark = pytest.mark.slow  # compiles
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program of tests/csrc, compiled with both sanitizers."""
     made = tmp_path_factory.mktemp("sanitized") / "step"
-    sources = [*map(str, SOURCES), str(KERNELS / "plain_attention.cpp")]
-    result = subprocess.run([compiler(), *FLAGS, "-O0", *sources, "-o", made], capture_output=True, text=True)
+    result = subprocess.run([compiler(), *FLAGS, "-O0", *map(str, SOURCES), "-o", made], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return made
 

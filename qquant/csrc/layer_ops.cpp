@@ -1,6 +1,6 @@
-// The two halves of a decoder layer around its attention, for a few new tokens: binds the kernels of cpu/linear.h,
-// cpu/rms_norm.h and cpu/layer_step.h to the operators that layer_ops.py declares. Nothing inside goes through torch's
-// dispatcher; what is in between lives in memory of the call.
+// A decoder layer, or its two halves around attention, for one new token of a few sequences: binds the kernels of
+// cpu/linear.h, cpu/rms_norm.h and cpu/layer_step.h to the operators that layer_ops.py declares. Nothing inside goes
+// through torch's dispatcher; what is in between lives in memory of the call.
 
 #include <torch/csrc/stable/library.h>
 
@@ -70,7 +70,8 @@ class Stage {
 
   // Rows of `features` side by side to one result per width, each [tokens][width].
   template <std::size_t Count>
-  void run(const std::uint16_t* x, std::int64_t tokens, const std::pair<std::uint16_t*, std::int64_t> (&results)[Count]) {
+  void run(const std::uint16_t* x, std::int64_t tokens,
+           const std::pair<std::uint16_t*, std::int64_t> (&results)[Count]) {
     Slice slices[Count];
     std::int64_t panel = 0;
     for (std::size_t i = 0; i < Count; ++i) {
@@ -102,14 +103,49 @@ void normalize(const std::uint16_t* x, const Tensor& weight, double eps, std::in
   qquant::normalize({x, reals(weight), out, size, size, float(eps)}, 0, rows);
 }
 
-// A table of RoPE, [B or 1, 1, D]; the distance from one sequence's to the next.
-std::int64_t check_turns(const Tensor& turns, std::int64_t batch, std::int64_t size, const char* name) {
-  check_bfloat16(turns, name);
-  STD_TORCH_CHECK(turns.dim() == 3 && (turns.size(0) == 1 || turns.size(0) == batch) && turns.size(1) == 1 &&
-                      turns.size(2) == size && turns.stride(2) == 1 && size % 2 == 0,
-                  name, " must be [", batch, " or 1, 1, ", size, "], even and side by side, got ", shape_of(turns));
-  return turns.size(0) == 1 ? 0 : turns.stride(0);
-}
+// The rotation of one sequence's heads by RoPE; one table may be all sequences'.
+class Turns {
+ public:
+  Turns(const Tensor& cos, const Tensor& sin, std::int64_t batch, std::int64_t size)
+      : wide_(cos.scalar_type() == ScalarType::Float), size_(size), cos_(take(cos, batch, "cos")),
+        sin_(take(sin, batch, "sin")) {
+    STD_TORCH_CHECK(cos.scalar_type() == sin.scalar_type() && cos.size(cos.dim() - 1) == sin.size(sin.dim() - 1),
+                    "cos and sin must be alike, got ", shape_of(cos), " and ", shape_of(sin));
+  }
+
+  void rotate(std::uint16_t* states, std::int64_t row, std::int64_t heads) const {
+    if (wide_)
+      qquant::rotate_wide(states, table<float>(cos_, row), table<float>(sin_, row), heads, size_, cos_.size(3));
+    else
+      qquant::rotate(states, table<std::uint16_t>(cos_, row), table<std::uint16_t>(sin_, row), heads, size_);
+  }
+
+ private:
+  // [B or 1, 1, D] bfloat16 or [B or 1, 1, 1, R / 2] float32, the numbers of a sequence side by side.
+  Tensor take(const Tensor& turns, std::int64_t batch, const char* name) const {
+    const std::int64_t axes = turns.dim();
+    const bool of_batch = axes > 0 && (turns.size(0) == 1 || turns.size(0) == batch);
+    if (turns.scalar_type() == ScalarType::Float) {
+      STD_TORCH_CHECK(of_batch && axes == 4 && turns.size(1) == 1 && turns.size(2) == 1 && 2 * turns.size(3) <= size_,
+                      name, " in float32 must be [", batch, " or 1, 1, 1, up to ", size_ / 2, "], got ",
+                      shape_of(turns));
+    } else {
+      check_bfloat16(turns, name);
+      STD_TORCH_CHECK(of_batch && axes == 3 && turns.size(1) == 1 && turns.size(2) == size_ && size_ % 2 == 0, name,
+                      " must be [", batch, " or 1, 1, ", size_, "] with an even last axis, got ", shape_of(turns));
+    }
+    return turns.stride(axes - 1) == 1 ? turns : torch::stable::contiguous(turns);
+  }
+
+  template <typename T>
+  static const T* table(const Tensor& turns, std::int64_t row) {
+    return static_cast<const T*>(turns.const_data_ptr()) + (turns.size(0) == 1 ? 0 : row * turns.stride(0));
+  }
+
+  bool wide_;
+  std::int64_t size_;
+  Tensor cos_, sin_;
+};
 
 std::tuple<Tensor, Tensor, Tensor> attention_inputs(
     const Tensor& given, const Tensor& norm, double eps, const Tensor& cos, const Tensor& sin,
@@ -122,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_inputs(
   STD_TORCH_CHECK(heads > 0 && kv_heads > 0 && size > 0, "heads and their size must be positive");
   const Tensor x = qquant::together(given);
   const std::int64_t batch = x.size(0), features = x.size(2);
-  const std::int64_t cos_stride = check_turns(cos, batch, size, "cos"), sin_stride = check_turns(sin, batch, size, "sin");
+  const Turns turns(cos, sin, batch, size);
   Stage stage(words, scales, zeros, order, bias, bits, group_size, zero, activation_bits, features);
   Rows normed = rows_of(batch * features);
   normalize(reals(x), norm, eps, batch, features, normed.get());
@@ -134,10 +170,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_inputs(
     normalize(room(query), *query_norm, head_eps, batch * heads, size, room(query));
   if (key_norm.has_value()) normalize(room(key), *key_norm, head_eps, batch * kv_heads, size, room(key));
   for (std::int64_t row = 0; row < batch; ++row) {
-    const std::uint16_t* const turn = reals(cos) + row * cos_stride;
-    const std::uint16_t* const lean = reals(sin) + row * sin_stride;
-    qquant::rotate(room(query) + row * heads * size, turn, lean, heads, size);
-    qquant::rotate(room(key) + row * kv_heads * size, turn, lean, kv_heads, size);
+    turns.rotate(room(query) + row * heads * size, row, heads);
+    turns.rotate(room(key) + row * kv_heads * size, row, kv_heads);
   }
   return {query, key, value};
 }
@@ -158,23 +192,24 @@ Tensor layer_output(const Tensor& given, const Tensor& stream, const Tensor& o_w
   const Tensor attended = qquant::together(given), before = qquant::together(stream);
   const std::int64_t batch = before.size(0), features = before.size(2);
   const std::int64_t inner = batch > 0 ? attended.numel() / batch : 0;
-  STD_TORCH_CHECK(width > 0 && inner * batch == attended.numel(), "attended must hold ", batch, " rows, got ",
-                  shape_of(given));
+  STD_TORCH_CHECK(width > 0, "width must be positive, got ", width);
+  STD_TORCH_CHECK(inner * batch == attended.numel(), "attended must hold ", batch, " rows, got ", shape_of(given));
   Tensor out = empty_bfloat16({batch, 1, features});
   if (batch == 0) return out;
   Stage project(o_words, o_scales, o_zeros, o_order, o_bias, o_bits, o_group, o_zero, o_activation_bits, inner);
   Stage raise(g_words, g_scales, g_zeros, g_order, g_bias, g_bits, g_group, g_zero, g_activation_bits, features);
   Stage lower(d_words, d_scales, d_zeros, d_order, d_bias, d_bits, d_group, d_zero, d_activation_bits, width);
   const std::int64_t count = batch * features;
-  Rows normed = rows_of(count), first = rows_of(batch * width), second = rows_of(batch * width);
+  const std::int64_t inside = batch * width;
+  Rows normed = rows_of(count), first = rows_of(inside), second = rows_of(inside), product = rows_of(inside);
   std::uint16_t* const sum = room(out);
   project.run(reals(attended), batch, {{sum, features}});
   qquant::add_to(sum, reals(before), count);
   normalize(sum, norm, eps, batch, features, normed.get());
   raise.run(normed.get(), batch, {{first.get(), width}, {second.get(), width}});
-  std::uint16_t* const gate = gate_first ? first.get() : second.get();
-  qquant::silu_product(gate, gate_first ? second.get() : first.get(), gate, batch * width);
-  lower.run(gate, batch, {{normed.get(), features}});
+  const Rows &gate = gate_first ? first : second, &up = gate_first ? second : first;
+  qquant::silu_product(gate.get(), up.get(), product.get(), inside);
+  lower.run(product.get(), batch, {{normed.get(), features}});
   qquant::add_to(sum, normed.get(), count);
   return out;
 }

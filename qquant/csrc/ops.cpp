@@ -219,7 +219,7 @@ std::string cpu_kernel_info() {
   const std::string name = qquant::name_of(qquant::isa());
   std::string text;
   for (const char* op : {"kv_append", "kv_dequantize", "kv_decode_attention", "panel_linear", "panel_weights",
-                         "dense_linear", "rms_norm", "decode_attention"})
+                         "dense_linear", "rms_norm", "decode_attention", "layer_step"})
     text += (text.empty() ? "" : ", ") + std::string(op) + ": " + name;
   return text;
 }

@@ -39,6 +39,8 @@ class Layout:
 
     blocks: str
     units: tuple[Unit, ...] | None
+    turns_in_float32: bool = False
+    """Whether blocks get cosines and sines of half a head in float32, and LogN's factors, as the original Qwen's do."""
 
 
 _PRE_NORM_DECODER = Layout(
@@ -65,6 +67,7 @@ _QWEN_V1 = Layout(
         Unit(norm="ln_1", module="attn", stages=(("attn.c_attn",), ("attn.c_proj",)), sees_positions=True),
         Unit(norm="ln_2", module="mlp", stages=(("mlp.w1", "mlp.w2"), ("mlp.c_proj",)), sees_positions=False),
     ),
+    turns_in_float32=True,
 )
 
 _KNOWN = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PRE_NORM_DECODER), "qwen": _QWEN_V1}

@@ -213,20 +213,24 @@ def _cache(codes: Tensor, scale: Tensor, zero: Tensor) -> _Cache:
 
 
 def build(folder: Path) -> Path:
-    """Compile the library into ``folder`` unless it is there."""
+    """Compile the library into ``folder`` unless it is there; another process that wants the same waits for it."""
+    import fcntl  # not everywhere, unlike this file's other imports, and nothing is compiled where it is not
+
     folder.mkdir(exist_ok=True)
     sources = [HERE / "harness.cpp", *KERNELS]
     headers = [*HERE.glob("*.h"), *(ROOT / "qquant" / "csrc").rglob("*.h")]
     content = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
     library = folder / f"emulated-{hashlib.sha256(content + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        _compile(sources, library)
+    with (folder / "compiling").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(sources, library)
     return library
 
 
 def _compile(sources: list[Path], library: Path) -> None:
     """Compile the sources beside each other and link them."""
-    part = library.with_suffix(f".{os.getpid()}")  # another process may be building the same
+    part = library.with_suffix(f".{os.getpid()}")  # one that was ended here leaves nothing under the final name
     objects = [part.with_name(f"{part.name}.{source.stem}.o") for source in sources]
     running = [
         subprocess.Popen(

@@ -1,5 +1,5 @@
-// The kernels behind rms_norm and decode_attention against arithmetic in double, with neither torch nor Python, so that
-// sanitizers see every byte. It checks the kernels of the instruction set that isa() names and prints that name.
+// The kernels behind rms_norm, decode_attention and layer_step against arithmetic in double, with neither torch nor
+// Python, so that sanitizers see every byte. It checks the kernels of the instruction set that isa() names and prints that name.
 //
 //   step_harness [cases [seed]]
 
@@ -14,6 +14,7 @@
 #include "exact.h"
 #include "half.h"
 #include "isa.h"
+#include "layer_step.h"
 #include "plain_attention.h"
 #include "rms_norm.h"
 
@@ -120,13 +121,80 @@ bool attention_case(Random& random) {
   return true;
 }
 
+// Numbers of many magnitudes, some of them at the ends of what bfloat16 holds.
+void fill_widely(Exact<std::uint16_t>& states, std::int64_t count, Random& random) {
+  const std::uint16_t ends[] = {0x0000, 0x8000, 0x0001, 0x807f, 0x7f80, 0xff80, 0x7fc0, 0xffff};
+  std::normal_distribution<float> drawn;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float scale = std::pow(10.0f, float(pick(random, -4, 3)));
+    states.data()[i] = pick(random, 0, 15) == 0 ? ends[pick(random, 0, 7)] : to_bfloat16(scale * drawn(random));
+  }
+}
+
+// As close, and what is no finite number exactly. `parts` is the sum of the magnitudes of what was added: each of its
+// terms and the sum are rounded once, and what is below 2^-125 may be lost.
+bool near(std::uint16_t found, double expected, double parts, const char* what, std::int64_t at) {
+  const double got = from_bfloat16(found);
+  if (std::isfinite(expected)) return close(got, expected, parts * (0x1p-8 + 0x1p-15) + 0x1p-125, what, at);
+  if (std::isnan(expected) ? std::isnan(got) : got == expected) return true;
+  std::printf("%s %lld: %g, expected %g\n", what, static_cast<long long>(at), got, expected);
+  return false;
+}
+
+bool rotation_case(Random& random) {
+  const std::int64_t half = pick(random, 1, 70), size = 2 * half, heads = pick(random, 0, 4);
+  Exact<std::uint16_t> states(heads * size), before(heads * size), cos(size), sin(size);
+  fill_widely(before, heads * size, random);
+  fill_widely(cos, size, random);
+  fill_widely(sin, size, random);
+  std::copy_n(before.data(), heads * size, states.data());
+  rotate(states.data(), cos.data(), sin.data(), heads, size);
+  for (std::int64_t i = 0; i < heads * size; ++i) {
+    const std::int64_t place = i % size;
+    const double other = place < half ? -from_bfloat16(before[i + half]) : from_bfloat16(before[i - half]);
+    const double straight = double(from_bfloat16(before[i])) * from_bfloat16(cos[place]);
+    const double across = other * from_bfloat16(sin[place]);
+    if (!near(states[i], straight + across, std::abs(straight) + std::abs(across), "rotation", i)) return false;
+  }
+  return true;
+}
+
+bool gate_case(Random& random) {
+  const std::int64_t count = pick(random, 0, 150), way = pick(random, 0, 2);
+  Exact<std::uint16_t> gate(count), up(count), out(count), sum(count);
+  fill_widely(gate, count, random);
+  fill_widely(up, count, random);
+  std::copy_n(gate.data(), count, sum.data());
+  add_to(sum.data(), up.data(), count);
+  Exact<std::uint16_t> first(count), second(count);
+  std::copy_n(gate.data(), count, first.data());
+  std::copy_n(up.data(), count, second.data());
+  Exact<std::uint16_t>& found = way == 0 ? out : way == 1 ? first : second;
+  silu_product(first.data(), second.data(), found.data(), count);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double value = from_bfloat16(gate[i]), factor = from_bfloat16(up[i]);
+    // e^89 is no float32, so that what is left of -89 is 0 and not -89 / e^89; and a denormal number may be 0.
+    const double inner = value / (1.0 + std::exp(-value)), expected = inner * factor;
+    const bool lost = std::abs(inner) < 0x1p-121;
+    if (!lost && !near(found[i], expected, 2 * std::abs(expected), "gate", i)) return false;
+    if (!near(sum[i], value + factor, std::abs(value) + std::abs(factor), "sum", i)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 100;
   Random random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
-  for (int i = 0; i < cases; ++i)
-    if (!(i % 2 == 0 || !plain_attention_is_here() ? norm_case(random) : attention_case(random))) return 1;
+  for (int i = 0; i < cases; ++i) {
+    const int kind = i % 4;
+    const bool right = kind == 0                                ? rotation_case(random)
+                       : kind == 1                              ? gate_case(random)
+                       : kind == 2 || !plain_attention_is_here() ? norm_case(random)
+                                                                 : attention_case(random);
+    if (!right) return 1;
+  }
   std::printf("%s: %d cases, all right\n", name_of(isa()), cases);
   return 0;
 }

@@ -12,6 +12,12 @@ namespace qquant {
 void rotate(std::uint16_t* states, const std::uint16_t* cos, const std::uint16_t* sin, std::int64_t heads,
             std::int64_t size);
 
+// The same in float32 and rounded once, of the first 2 * `half` numbers of each vector, by tables of `half` numbers:
+//   (first * cos - second * sin, second * cos + first * sin)
+// where the second product is not rounded before it is added, as in torch's addcmul.
+void rotate_wide(std::uint16_t* states, const float* cos, const float* sin, std::int64_t heads, std::int64_t size,
+                 std::int64_t half);
+
 // out = silu(gate) * up; out may be either of them.
 void silu_product(const std::uint16_t* gate, const std::uint16_t* up, std::uint16_t* out, std::int64_t count);
 
