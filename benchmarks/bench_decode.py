@@ -60,7 +60,7 @@ class Contestant:
 
 
 def our_contestants(config: dict[str, Any], threads: int) -> list[Contestant]:
-    """Our models in all precisions; embedding and head are the same tensors in all of them."""
+    """Our models in all precisions; embedding and head are the same tensors in those that are quantized."""
     shapes = model_shapes(config_from_dict(config))
     found, first = [], None
     for precision in PRECISIONS:
@@ -71,9 +71,9 @@ def our_contestants(config: dict[str, Any], threads: int) -> list[Contestant]:
             device=torch.device("cpu"),
             group_size=GROUP,
         )
-        if first is None:
+        if precision in BITS and first is None:
             first = model
-        else:
+        elif precision in BITS:
             model.get_input_embeddings().weight = first.get_input_embeddings().weight
             model.get_output_embeddings().weight = first.get_output_embeddings().weight
         needed = bytes_per_token(shapes, precision)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qquant import _native
 from qquant import dense_linear as room
 from qquant.dense_linear import DenseLinear, dense_linear, dense_reference, use_dense_kernel
 from tests.conftest import Factory
@@ -287,3 +288,15 @@ def test_qwens_output_projection_is_given_a_contiguous_input(tmp_path: Path) -> 
     with torch.inference_mode():
         model(torch.arange(12).view(2, 6), logits_to_keep=1)
     assert seen == [True]
+
+
+def test_large_pages_hold_the_same_numbers() -> None:
+    host = _native.host()
+    if host is None:
+        pytest.skip("qquant._host is not built")
+    weight = torch.randn(3 << 20, generator=torch.Generator().manual_seed(0))
+    wanted, address = weight.clone(), weight.data_ptr()
+    assert isinstance(host.gather_large_pages(address, weight.nbytes), bool)
+    assert weight.data_ptr() == address
+    assert torch.equal(weight, wanted)
+    assert host.gather_large_pages(address, 1 << 20) is False  # no whole page lies in it

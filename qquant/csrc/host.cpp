@@ -125,15 +125,30 @@ Sum pick_sum() {
 
 constexpr std::size_t kLargePage = std::size_t{1} << 21;
 
-// Asks Linux to back whole large pages inside [address, address + bytes) as such; other systems choose by themselves.
-void prefer_large_pages(std::uintptr_t address, std::size_t bytes) {
+// Gives Linux advice about the whole large pages inside [address, address + bytes); other systems choose by themselves.
+// Advice is a wish: whether it was followed, and nothing but speed depends on it.
+bool advise_large_pages(std::uintptr_t address, std::size_t bytes, int advice) {
 #if defined(__linux__)
   const std::uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
   const std::uintptr_t end = (address + bytes) / kLargePage * kLargePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish; refusal costs speed
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, advice) == 0;
 #else
-  (void)address, (void)bytes;
+  (void)address, (void)bytes, (void)advice;
+  return false;
 #endif
+}
+
+#if defined(__linux__)
+constexpr int kHugePage = MADV_HUGEPAGE, kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1, which older headers lack
+#else
+constexpr int kHugePage = 0, kCollapse = 0;
+#endif
+
+void prefer_large_pages(std::uintptr_t address, std::size_t bytes) { advise_large_pages(address, bytes, kHugePage); }
+
+bool gather_large_pages(std::uintptr_t address, std::size_t bytes) {
+  prefer_large_pages(address, bytes);
+  return advise_large_pages(address, bytes, kCollapse);
 }
 
 // A buffer of count words in large pages where Linux grants them: with small ones the page tables are the limit, not the
@@ -243,6 +258,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("last_level_cache_bytes", &last_level_cache_bytes, "Size of the last-level cache in bytes; 0 if unknown.");
   m.def("prefer_large_pages", &prefer_large_pages, py::arg("address"), py::arg("bytes"),
         "Asks Linux for large pages inside this stretch of fresh memory; elsewhere does nothing.");
+  m.def("gather_large_pages", &gather_large_pages, py::arg("address"), py::arg("bytes"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Has Linux 6.1 and later put memory in use into large pages, two megabytes at a time, and says whether it did.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("seconds") = 0.2,
         "Best GB/s (1e9 bytes) at which one thread reads a buffer of `bytes`, in thread CPU time. Releases the GIL.");
   m.def("product_rates", &product_rates,
