@@ -62,7 +62,8 @@ class Contestant:
 def our_contestants(config: dict[str, Any], threads: int) -> list[Contestant]:
     """Our models in all precisions; embedding and head are the same tensors in those that are quantized."""
     shapes = model_shapes(config_from_dict(config))
-    found, first = [], None
+    found: list[Contestant] = []
+    quantized: Any = None
     for precision in PRECISIONS:
         model: Any = random_model(
             config_from_dict(config),
@@ -71,11 +72,10 @@ def our_contestants(config: dict[str, Any], threads: int) -> list[Contestant]:
             device=torch.device("cpu"),
             group_size=GROUP,
         )
-        if precision in BITS and first is None:
-            first = model
-        elif precision in BITS:
-            model.get_input_embeddings().weight = first.get_input_embeddings().weight
-            model.get_output_embeddings().weight = first.get_output_embeddings().weight
+        if precision in BITS:
+            quantized = quantized or model
+            model.get_input_embeddings().weight = quantized.get_input_embeddings().weight
+            model.get_output_embeddings().weight = quantized.get_output_embeddings().weight
         needed = bytes_per_token(shapes, precision)
         for cache in CACHES:
             name = f"{precision} with int8 cache" if cache == "int8" else precision
