@@ -185,7 +185,10 @@ def print_row(name: str, row: dict[str, Any]) -> None:
     for label, cell in cells.items():
         beside = next((key for key, form in FORMATS.items() if label in (form, f"{form} with int8 head")), None)
         other = cells.get(f"llama.cpp {beside}")
-        against = f"{cell[speed] / other[speed]:.2f}" if other else ("not measured" if beside else "")
+        against = "not measured" if beside else ""
+        if other:
+            pairs = zip(cell["runs"], other["runs"], strict=True)
+            against = f"{statistics.median(ours[speed] / theirs[speed] for ours, theirs in pairs):.2f}"
         print(
             f"| {name} | {label} | {cell[speed]:.1f} | {cell['decode_tokens_per_s']:.1f} "
             f"| {cell['prompt_tokens_per_cpu_s']:.0f} | {1e-6 * cell['bytes_per_token']:.0f} | {cell['gb_per_s']:.1f} "

@@ -6,7 +6,6 @@ No benchmark itself: ``make gpu`` runs every benchmarks/gpu_*.py and not this. W
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qquant import _native
+from qquant.results import shown_command
 
 RUNS = 21
 GIGABYTE = 10**9
@@ -108,7 +108,7 @@ def new_record(script: str, limits: dict[str, Any]) -> dict[str, Any]:
     print(f"{properties.name}: copy {limits['copy']['gb_s']:.0f} GB/s, read {limits['read']['gb_s']:.0f} GB/s")
     return {
         "schema_version": 1,
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": shown_command(["python", f"benchmarks/{script}", *sys.argv[1:]]),
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "torch": torch.__version__,

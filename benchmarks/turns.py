@@ -57,8 +57,8 @@ def take_turns(contestants: Sequence[Contestant], seconds: float) -> dict[str, l
     for each in contestants:
         first = each.run(1)
         found[each.name], calls[each.name] = ([first] if first > seconds else []), 1
-        # The first calls are slow, so they must not say how many fit into a turn.
-        while first <= seconds and each.run(calls[each.name]) < TURN_SECONDS:
+        # Slow calls, as the first ones are, must not say how many fit into a turn: one call alone runs with cold code.
+        while first <= seconds and min(each.run(calls[each.name]) for _ in range(3)) < TURN_SECONDS:
             calls[each.name] *= 2
     for number in range(MOST_TURNS):
         for each in contestants if number % 2 == 0 else contestants[::-1]:
@@ -167,8 +167,23 @@ class Record:
         self.rows[key] = row
         if self._path is not None:
             part = self._path.with_name(self._path.name + ".part")
-            part.write_text(json.dumps(self.setting | {"rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+            part.write_text(_text(self.setting, self.rows), encoding="utf-8")
             part.replace(self._path)
+
+
+def _text(setting: dict[str, Any], rows: dict[str, Any]) -> str:
+    """JSON with a line for each row, numbers to five digits."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(_short(row))}" for key, row in rows.items())
+    head = json.dumps(setting, indent=1).removesuffix("\n}")
+    return f'{head},\n "rows": {{\n{lines}\n }}\n}}\n'
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    return [_short(each) for each in value] if isinstance(value, list) else value
 
 
 def setting_of(script: str, host: Any, **more: Any) -> dict[str, Any]:
@@ -177,10 +192,11 @@ def setting_of(script: str, host: Any, **more: Any) -> dict[str, Any]:
 
     import qquant
     from qquant.measure import environment
+    from qquant.results import shown_command
 
     machine = environment(torch.device("cpu"), qquant_version=qquant.__version__)
     return {
-        "commands": [shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])],
+        "commands": [shown_command(["python", f"benchmarks/{script}", *sys.argv[1:]])],
         "environment": asdict(machine),
         "kernels": torch.ops.qquant.cpu_kernel_info(),
         "last_level_cache_bytes": host.last_level_cache_bytes(),

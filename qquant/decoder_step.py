@@ -165,8 +165,8 @@ class DecoderStep:
         panels, form = first.panels, first._form
         assert form is not None
         if len(stage) > 1:
-            joint = first.joint
-            if joint is None or any(one.joint is not joint for one in stage):
+            joint = first.siblings
+            if joint is None or any(one.siblings is not joint for one in stage):
                 raise _Unfit("linears that share an input but lie apart")
             panels = joint.panels
             found.wholes.append(joint)

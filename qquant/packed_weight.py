@@ -233,18 +233,13 @@ class PackedWeight(nn.Module):
 
     @property
     def siblings(self) -> Siblings | None:
-        """Those that one call computes with this layer, or None."""
+        """What computes this layer with its siblings, or None: it is computed alone."""
         return self._shared[0] if self._shared is not None and self._shared[0].whole else None
 
     @property
     def shares(self) -> bool:
         """Whether one call computes this layer with its siblings."""
         return self.siblings is not None
-
-    @property
-    def joint(self) -> Siblings | None:
-        """What computes this layer with its siblings, if one call does."""
-        return self._shared[0] if self._shared is not None and self._shared[0].whole else None
 
     def unpack(self) -> None:
         """Bring the weight back into the checkpoint's tensors, bit for bit; nothing happens if it is there."""

@@ -121,6 +121,18 @@ def test_norms_whose_weight_is_replaced_are_used(ready: Any) -> None:
     assert same(*(continued(one, prompted(one), 2) for one in (model, plain(model))))
 
 
+def test_a_changed_eps_and_a_changed_scaling_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make()
+    model.model.layers[0].input_layernorm.eps = 0.5
+    calls = counted(model, monkeypatch)
+    assert same(continued(model, prompted(model), 2), continued(plain(model), prompted(plain(model)), 2))
+    assert len(calls) == 2 * len(layers_of(model))
+    calls.clear()
+    model.model.layers[0].self_attn.scaling = 3.0
+    assert same(continued(model, prompted(model), 2), continued(plain(model), prompted(plain(model)), 2))
+    assert len(calls) == 2 * (len(layers_of(model)) - 1)
+
+
 def test_what_is_saved_is_what_it_is_without_the_step(ready: Any, without: Any, tmp_path: Path) -> None:
     for name, model in (("with", ready), ("without", without)):
         model.save_pretrained(tmp_path / name)
