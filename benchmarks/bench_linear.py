@@ -71,7 +71,7 @@ def measure(stage: Stage, sides: list[Side], tokens: int, args: argparse.Namespa
     with torch.inference_mode():
         times = take_turns(contestants, args.seconds)
     read_bytes = next((side.layer_bytes for side in taking_part if side.name == READING), 0)
-    cells = {}
+    cells: dict[str, dict[str, Any]] = {}
     for side in taking_part:
         took = median_ms(times[side.name])
         gmac_per_s = 1e-6 * tokens * stage.weights / took
