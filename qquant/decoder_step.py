@@ -26,7 +26,7 @@ from qquant.layer_ops import attention_inputs, kernels_are_live, layer_output, l
 from qquant.layer_trial import attention_of, same_bits
 from qquant.layer_turns import TurnForm
 from qquant.linear import QuantLinear
-from qquant.linear_kernels import Implementation
+from qquant.linear_kernels import ACTIVATION_BITS, Implementation
 from qquant.linear_ops import PANEL_ROWS
 from qquant.models.layouts import Layout, known_layout
 from qquant.rms_norm import KernelRMSNorm
@@ -34,7 +34,8 @@ from qquant.rms_norm import KernelRMSNorm
 MOST_ROWS = 8
 """Sequences of one call; more are left to the layer's own way, which is no slower by then."""
 
-_ACTIVATION_BITS = {Implementation.PANELS: 0, Implementation.INT8: 8}
+_SERVED = (Implementation.PANELS, Implementation.INT8)
+"""What may serve a layer's linears; the operators call these kernels themselves."""
 _PASSED_ON = ("position_ids", "use_cache")
 """Arguments of a layer that it may hand on to its attention function."""
 
@@ -160,7 +161,7 @@ class DecoderStep:
         for linear in stage:
             step = linear.prepare(torch.bfloat16)[0]
             found.linears.append((linear, linear._products, linear._buffers.get("words")))
-            if step.implementation not in _ACTIVATION_BITS or step.tokens < MOST_ROWS or not linear.packed:
+            if step.implementation not in _SERVED or step.tokens < MOST_ROWS or not linear.packed:
                 raise _Elsewhere(f"linears served by {step.implementation}")
         panels, form = first.panels, first._form
         assert form is not None
@@ -170,7 +171,7 @@ class DecoderStep:
                 raise _Unfit("linears that share an input but lie apart")
             panels = joint.panels
             found.wholes.append(joint)
-        bits = _ACTIVATION_BITS[first.steps(torch.bfloat16)[0].implementation]
+        bits = ACTIVATION_BITS[first.steps(torch.bfloat16)[0].implementation]
         return (*panels, first.bits, form.group_size, form.zero or 0, bits)
 
     def forward(

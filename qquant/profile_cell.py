@@ -6,7 +6,6 @@ another left in memory. The grid of cells is profile_grid.py's; it starts ``main
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import math
@@ -27,6 +26,7 @@ from transformers import GenerationConfig, Qwen2Config
 
 from qquant.baselines import load_bitsandbytes, unlisted_bytes_of
 from qquant.checkpoint import load_model
+from qquant.heap import keep_freed_memory
 from qquant.kv_cache_quant import enable_kv_quant
 from qquant.measure import MemoryMeter, device_used_bytes, free_memory_bytes, tensor_bytes
 from qquant.profile_report import CellKey, CellMemory, CellRequest, CellSpeed, ProfileCell, out_of_memory_line
@@ -41,10 +41,6 @@ MARGIN_BYTES = 512 << 20
 """Of free memory, left to everyone else: what is free when a cell begins may be a little less later."""
 _WANTED = re.compile(r"DefaultCPUAllocator: .*you tried to allocate (\d+) bytes", re.DOTALL)
 """In what torch's CPU allocator says, beside a place in its source."""
-_UNUSED_HEAP_BYTES = 32 << 20
-"""glibc's own mmap threshold once it has adapted to large blocks, and the largest it goes to."""
-_TRIM_OPTION, _MMAP_OPTION = -1, -3
-"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)."""
 
 
 class _Clock:
@@ -195,7 +191,7 @@ def _measured(request: CellRequest, on_step: OnStep) -> ProfileCell:
         device_peak_bytes=device_used_bytes(device),
     )
     on_step()
-    _keep_freed_memory()
+    keep_freed_memory()  # timed as a user's process runs
     times = []
     for number in range(request.warmups + request.repeats):
         taken, _ = _generate(model, prompt, key.new_tokens)
@@ -324,19 +320,6 @@ def _begin_with_device(request: CellRequest, device: torch.device) -> None:
 
 
 _PRECISION_OF: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks again, as it does in a user's process.
-
-    The grid starts a cell with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ so low that every large tensor is
-    given back the moment it is freed: resident memory is then what is in use, and not also what the heap keeps for
-    later. It costs page faults, up to a fifth of the speed on a CPU, so the timed generations run without.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_MMAP_OPTION, _UNUSED_HEAP_BYTES)
-        mallopt(_TRIM_OPTION, 2 * _UNUSED_HEAP_BYTES)
 
 
 def _first_line(descriptor: int) -> bytes:

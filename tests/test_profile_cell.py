@@ -40,7 +40,7 @@ def request_of(folder: Path | None = None, **changes: Any) -> CellRequest:
 @pytest.fixture
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cell runs in the process of the tests, which must not be limited for good."""
-    for name in ("limit_memory", "_lift_limit", "_keep_freed_memory"):
+    for name in ("limit_memory", "_lift_limit", "keep_freed_memory"):
         monkeypatch.setattr(profile_cell, name, lambda *_: None)
 
 
