@@ -114,6 +114,7 @@ def cuda_extension(name: str, sources: list[str]) -> Extension:
 EXTENSIONS: dict[str, Callable[[], Extension]] = {
     "qquant._host": lambda: plain_extension("qquant._host", "qquant/csrc/host.cpp"),  # what the processor can do
     "qquant._gram": lambda: plain_extension("qquant._gram", "qquant/csrc/gram.cpp"),  # Hessians of bfloat16 inputs
+    "qquant._descent": lambda: plain_extension("qquant._descent", "qquant/csrc/descent.cpp"),  # codes one by one
     "qquant._C": lambda: torch_extension(
         "qquant._C", sorted(glob("qquant/csrc/*ops.cpp") + glob("qquant/csrc/cpu/*.cpp"))
     ),

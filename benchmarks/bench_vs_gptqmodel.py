@@ -1,8 +1,8 @@
 """CPU seconds and peak memory of a whole Int4 run, ours against gptqmodel's, one thread each.
 
-Every run is a process of its own, measured from outside by wait4: user + system seconds with all its threads, and
-ru_maxrss. A second, small process that only imports the same libraries gives the price of the imports. This file
-imports neither torch nor qquant: a big parent would show up in its children's ru_maxrss.
+Every run is a process of its own, measured from outside (child_process.py). A second, small process that only imports
+the same libraries gives the price of the imports. This file imports neither torch nor qquant: a big parent would show
+up in the peak memory of its children.
 """
 
 from __future__ import annotations
@@ -14,20 +14,14 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.child_process import ONE_THREAD, OUR_ENVIRONMENT, PEER_ENVIRONMENT, ROOT, check, run
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-PEER_ENVIRONMENT = {
-    "GPTQMODEL_CPU_WORKERS": "2",  # with one or two CPUs it asks for more workers than it has
-    "HF_HUB_OFFLINE": "1",
-}
 IMPORTS = {"ours": "import torch, transformers, safetensors", "gptqmodel": "import torch, transformers, gptqmodel"}
 WINDOWS = """
 import json, sys
@@ -51,18 +45,6 @@ class Job:
 
 
 @dataclass
-class Child:
-    """What one process cost."""
-
-    command: str
-    cpu_seconds: float
-    wall_seconds: float
-    peak_mb: float
-    returncode: int
-    output: str = ""
-
-
-@dataclass
 class Result:
     """The cheapest of the repeats of one side of one job."""
 
@@ -77,33 +59,6 @@ class Result:
     output_mb: float
     stages: dict[str, float] = field(default_factory=dict)
     command: str = ""
-
-
-def run(command: list[str], *, env: dict[str, str], cwd: str) -> Child:
-    """Run a command to its end and return what it cost; its output is kept for a failure."""
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, env={**os.environ, **env}, cwd=cwd, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        output = log.read().decode(errors="replace")
-    return Child(
-        command=shlex.join(command),
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        wall_seconds=wall,
-        peak_mb=usage.ru_maxrss * 1024 / 1e6,
-        returncode=process.returncode,
-        output=output,
-    )
-
-
-def check(child: Child) -> Child:
-    """End the benchmark when a process failed, with the end of what it said."""
-    if child.returncode:
-        raise SystemExit(f"{child.command}\nfailed with {child.returncode}:\n{child.output[-4000:]}")
-    return child
 
 
 def command_of(job: Job, side: str, args: argparse.Namespace, work: Path) -> list[str]:
@@ -129,7 +84,7 @@ def measure(job: Job, args: argparse.Namespace, work: Path) -> list[Result]:
     for _ in range(args.repeats):
         for side, command in commands.items():
             python, out, stages = command[0], work / "out", work / "stages.json"
-            env = {**ONE_THREAD, **(PEER_ENVIRONMENT if side == "gptqmodel" else {"PYTHONPATH": str(ROOT)})}
+            env = {**ONE_THREAD, **(PEER_ENVIRONMENT if side == "gptqmodel" else OUR_ENVIRONMENT)}
             imports = check(run([python, "-c", IMPORTS[side]], env=env, cwd=str(work)))
             shutil.rmtree(out, ignore_errors=True)
             stages.unlink(missing_ok=True)

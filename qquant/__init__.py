@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from qquant.checkpoint import load_quantized as load_quantized
     from qquant.config import QuantizeConfig as QuantizeConfig
     from qquant.errors import QquantError as QquantError
-    from qquant.gptq import quantize_checkpoint as quantize_checkpoint
-    from qquant.gptq import quantize_model as quantize_model
     from qquant.hf_plugin import register as register
     from qquant.kv_cache_quant import Int8KVCache as Int8KVCache
     from qquant.kv_cache_quant import dequantize_cache_torch as dequantize_cache_torch
     from qquant.kv_cache_quant import disable_kv_quant as disable_kv_quant
     from qquant.kv_cache_quant import enable_kv_quant as enable_kv_quant
     from qquant.kv_cache_quant import quantize_cache_v as quantize_cache_v
+    from qquant.quantizing import quantize_checkpoint as quantize_checkpoint
+    from qquant.quantizing import quantize_model as quantize_model
 
 __version__ = "0.1.0"
 
@@ -37,8 +37,8 @@ _HOME = {
     "load_quantized": "qquant.checkpoint",
     "load_samples": "qquant.calibrate",
     "quantize_cache_v": "qquant.kv_cache_quant",
-    "quantize_checkpoint": "qquant.gptq",
-    "quantize_model": "qquant.gptq",
+    "quantize_checkpoint": "qquant.quantizing",
+    "quantize_model": "qquant.quantizing",
     "register": "qquant.hf_plugin",
 }
 

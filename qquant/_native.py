@@ -17,7 +17,7 @@ from qquant.errors import UsageError
 TORCH_MODULES = ("qquant._C", "qquant._C_cuda")
 """Those that add kernels to torch's operators."""
 
-MODULES = ("qquant._host", "qquant._gram", *TORCH_MODULES)
+MODULES = ("qquant._host", "qquant._gram", "qquant._descent", *TORCH_MODULES)
 """Every compiled module that setup.py may build."""
 
 REBUILD = "QQUANT_NATIVE=1 python -m pip install --no-build-isolation --no-deps -e ."
@@ -59,6 +59,11 @@ def gram() -> ModuleType | None:
     """The module of csrc/gram.cpp (X^T X of bfloat16 rows), or None where it is not built or cannot run."""
     module = _load("qquant._gram")[0]
     return module if module is not None and module.available() else None
+
+
+def descent() -> ModuleType | None:
+    """The module of csrc/descent.cpp (codes moved one by one), or None where it is not built."""
+    return _load("qquant._descent")[0]
 
 
 def describe(name: str) -> str:

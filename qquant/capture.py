@@ -91,7 +91,7 @@ def _replaced_blocks(model: nn.Module, layout: Layout, stand_ins: Sequence[nn.Mo
             blocks[index] = original
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device | str) -> Stream:
     """Run everything before the first block and note what each block will be called with.
 
@@ -138,9 +138,8 @@ def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device
     return stream
 
 
-@torch.inference_mode()
 def head(source: BlockSource, hidden: Tensor, device: torch.device | str) -> Tensor:
-    """The model's logits [1, T, vocab] for what leaves the last block [1, T, hidden]."""
+    """The model's logits [1, T, vocab] for what leaves the last block [1, T, hidden]; gradients flow if asked for."""
 
     class Given(nn.Module):
         def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -153,7 +153,7 @@ def quantization_keys(config: QuantizeConfig, quantized: list[str], skipped: lis
             "quantizer": [f"qquant:{qquant.__version__}", _ZEROS_AS],
             "method": config.method,
             "act_group_aware": config.group_aware,
-            "clip_search": config.clip_search,
+            "clip_search": config.clip,
         },
     }
     if config.dynamic:

@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qquant.errors import UsageError
+from qquant.methods import ClipSearch, Order, Recipe, recipe_of
 
 Bits = Literal[2, 3, 4, 8]
-ClipSearch = Literal["off", "weight", "hessian"]
-Method = Literal["gptq", "rtn"]
 
 
 class Strict(BaseModel):
@@ -38,8 +37,10 @@ class ModuleOverride(Strict):
 class QuantizeConfig(Strict):
     """How the weights are quantized. Field names are the ones every GPTQ reader knows."""
 
-    method: Method = "gptq"
-    """gptq: error feedback through the Hessian of calibration data. rtn: round to nearest, needs no data."""
+    method: str = "gptq"
+    """"best": the most accurate pipeline. "fast": plain GPTQ, as AutoGPTQ. "rtn": round to nearest, needs no data. Or
+    parts joined by "+", such as "qep+pivot+refine": ``qquant.methods`` names them, docs/methods.md says what each does.
+    """
     bits: Bits = 4
     """Width of one stored weight: 2, 3, 4 or 8."""
     group_size: int = 128
@@ -52,17 +53,27 @@ class QuantizeConfig(Strict):
     """Fit every group's grid before the first column is rounded. With desc_act: act-order that needs no g_idx."""
     act_group_aware: bool | None = None
     """Visit whole groups by their largest Hessian diagonal, and columns by diagonal inside each; needs no g_idx.
-    None: on for gptq, unless desc_act or static_groups is on or a group is a whole row."""
+    None: as the method says, but off where desc_act or static_groups is on."""
     true_sequential: bool = True
     """Inside a block, quantize each set of linears on inputs that already passed the quantized sets before it."""
-    clip_search: ClipSearch = "weight"
-    """Search a smaller range per group: by plain squared error, or weighted by the group's block of the Hessian. Off:
-    the range of the weights, as AutoGPTQ does."""
+    clip_search: ClipSearch | None = None
+    """Search a smaller range per group: by plain squared error (weight), weighted by the group's block of the Hessian
+    (hessian), or by running the column loop for each (loop). off: the range of the weights, as AutoGPTQ does. None: as
+    the method says."""
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the Hessian's mean diagonal added to it before it is inverted."""
     dynamic: dict[str, ModuleOverride] = Field(default_factory=dict)
     """Per-module rules, first match wins: "-:regex" leaves a module alone, "+:regex" changes its settings. The
     regex is matched from the start of the module's full name, as GPTQModel and vLLM do."""
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, value: str) -> str:
+        try:
+            recipe_of(value)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @field_validator("group_size")
     @classmethod
@@ -102,16 +113,38 @@ class QuantizeConfig(Strict):
             raise UsageError(_one_line(error)) from error
 
     @cached_property
+    def recipe(self) -> Recipe:
+        """What the method consists of."""
+        return recipe_of(self.method)
+
+    @cached_property
+    def needs_data(self) -> bool:
+        """Whether calibration data is needed."""
+        return self.recipe.needs_data
+
+    @cached_property
+    def clip(self) -> ClipSearch:
+        """The search for a smaller range that is in force once None is resolved."""
+        return self.clip_search or self.recipe.clip
+
+    @cached_property
+    def order(self) -> Order:
+        """The order of columns that is in force where desc_act is off."""
+        if self.act_group_aware is not None:
+            return "group-aware" if self.act_group_aware else "left-to-right"
+        if not self.needs_data or self.static_groups:
+            return "left-to-right"
+        return self.recipe.order
+
+    @cached_property
     def group_aware(self) -> bool:
-        """Whether the group-aware order is in force once None is resolved."""
-        if self.act_group_aware is None:
-            return self.method == "gptq" and not self.desc_act and not self.static_groups and self.group_size != -1
-        return self.act_group_aware
+        """Whether whole groups are visited by their largest Hessian diagonal."""
+        return self.order == "group-aware" and not self.desc_act
 
     @cached_property
     def needs_g_idx(self) -> bool:
         """Whether a reader must follow g_idx: only act-order without static groups scatters a group's columns."""
-        return self.method == "gptq" and self.desc_act and not self.static_groups and self.group_size != -1
+        return self.needs_data and self.desc_act and not self.static_groups and self.group_size != -1
 
     def for_module(self, name: str) -> QuantizeConfig | None:
         """The settings of one module by its full name, or None if a rule leaves it alone."""

@@ -50,6 +50,7 @@ def model_rows(
     in_memory: Mapping[str, str] | None = None,
     sizes: Mapping[str, int] | None = None,
     rounded: Mapping[str, Mapping[str, int]] | None = None,
+    seen: Mapping[str, float] | None = None,
 ) -> tuple[ModelRow, ...]:
     """One row per model, the baseline first.
 
@@ -65,6 +66,7 @@ def model_rows(
         in_memory: label -> how the baseline was quantized while it was loaded, for rows that have no folder.
         sizes: label -> bytes that the weights of such a row would take in a file.
         rounded: label -> ``activation_bits`` or ``head_bits``, where something was rounded in memory.
+        seen: label -> share of the text that calibration had seen, where that is known.
     """
     first = next(iter(folders.values()))
     parameters = sum(math.prod(entry.spec.shape) for entry in CheckpointReader(first).entries.values())
@@ -88,6 +90,7 @@ def model_rows(
             group_size=own.get("group_size"),
             activation_bits=in_memory_bits.get("activation_bits"),
             head_bits=in_memory_bits.get("head_bits"),
+            calibration_overlap=(seen or {}).get(label),
             checkpoint_dtype=str(dtypes[label]).removeprefix("torch.") if stored else rows[0].checkpoint_dtype,
             weights_bytes=size,
             folder_bytes=folder_bytes(folder) if stored else None,

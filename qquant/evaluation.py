@@ -106,6 +106,7 @@ def evaluate_checkpoints(
     from qquant.kv_accuracy import measure_kv_cache
     from qquant.kv_schemes import check_cacheable
     from qquant.results import Data
+    from qquant.seen_text import seen_shares
     from qquant.sources import load_tokenizer, read_config
 
     stride = max(1, seq_len // 2) if stride is None else stride
@@ -132,6 +133,7 @@ def evaluate_checkpoints(
     kinds = bitsandbytes_labels(folders, bitsandbytes)
     wishes = {"activation_bits": activation_bits, "head_bits": head_bits}
     folders, rounded = with_rounded(folders, compute, where, **wishes)
+    seen = seen_shares(folders, ids)
     loading, hashes = loaders(folders, kinds, compute, where, rounded), identities(folders, on_progress)
     run = {"measure": "accuracy", "models": [*loading], "sha256": hashes, "text": digest, "tokens": len(ids)}
     run |= {"seq_len": seq_len, "stride": stride, "dtype": str(compute), "device": where.type, "threads": threads}
@@ -160,7 +162,7 @@ def evaluate_checkpoints(
             cost = measure_kv_cache(models, ids, where, **options, tell=on_progress)
     errors = {label: layer_errors(folder / LOG_NAME) for label, folder in folders.items() if label not in rounded}
     measured: dict[str, Any] = {"accuracy": found, "memory": memory, "speeds": timed, "layer_errors": errors}
-    measured |= {"rounded": rounded}
+    measured |= {"rounded": rounded, "seen": seen}
     table = rows(folders, identities=hashes, in_memory=kinds, sizes=sizes, **measured)
     text = Data(name=Path(data).name, sha256=digest, tokens=len(ids), window_tokens=seq_len, stride_tokens=stride)
     facts: dict[str, Any] = {"data": text, "seed": seed, "command": command}
@@ -211,6 +213,7 @@ def evaluate_long_context(
     from qquant.journal import kept
     from qquant.long_context import check_lengths, measure_long_context
     from qquant.results import Data
+    from qquant.seen_text import seen_shares
 
     longest = check_lengths(lengths)[-1]
     refuse_below_one(max_tokens=max_tokens, threads=threads)
@@ -220,7 +223,7 @@ def evaluate_long_context(
         names, data, longest, option="lengths", max_tokens=max_tokens, **options
     )
     hashes = identities(folders, on_progress)
-    table = rows(folders, identities=hashes)
+    table = rows(folders, identities=hashes, seen=seen_shares(folders, ids))
     run = {"measure": "long-context", "models": [*folders], "sha256": hashes, "text": digest, "tokens": len(ids)}
     run |= {"lengths": sorted(set(lengths)), "dtype": str(compute), "device": where.type, "threads": threads}
     run |= {"tokenizers": tokenizers(folders)}

@@ -1,7 +1,6 @@
 """``python -m qquant.gptq``: turn a BF16 checkpoint into a verified GPTQ one.
 
-The recipe, top to bottom: read samples, plan the output, walk the blocks and write each as it is done, add the side
-files, reopen what was written and compare, publish. Every step's own room does the work; torch is imported inside.
+The command line: options, samples, what is shown. The recipe is quantizing.py; torch is imported inside.
 """
 
 from __future__ import annotations
@@ -9,215 +8,33 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qquant.console import user_errors
+from qquant.quantizing import quantize_checkpoint, quantize_mixed
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedModel
+    from qquant.calibrate import Mixture, Sample
+    from qquant.config import QuantizeConfig, QuantizeLog
+    from qquant.mixed_precision import Choice, MixedPrecision
 
-    from qquant.calibrate import Sample
-    from qquant.config import ModuleRecord, QuantizeConfig, QuantizeLog
-    from qquant.solver import Solution
-
-_PROBE_TOKENS = 32  # length of the made-up sample that proves a checkpoint made without data
 _log = logging.getLogger("qquant")
-
-
-def quantize_checkpoint(
-    model: str | Path,
-    samples: Sequence[Sample] | None,
-    config: QuantizeConfig,
-    out: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    max_shard_bytes: int = 4_000_000_000,
-    overwrite: bool = False,
-    on_module: Callable[[ModuleRecord], None] | None = None,
-    adapter: str | Path | None = None,
-) -> QuantizeLog:
-    """Quantize a model folder into a new one, one decoder block in memory at a time.
-
-    The result is written beside ``out``, reopened, compared with what the walk computed, and only then renamed.
-
-    Args:
-        model: folder or hub id of the original, safetensors weights.
-        samples: calibration samples; None for ``config.method == "rtn"``.
-        config: what to do.
-        out: folder to make.
-        dtype: compute dtype; None: the stored one (float32 for float16 weights on a CPU).
-        device: where blocks are computed.
-        max_shard_bytes: size at which a new output shard begins.
-        overwrite: replace an existing model folder, in the moment the new one is complete.
-        on_module: called after each linear, for progress.
-        adapter: folder of a peft LoRA adapter to merge into the model as its blocks are read; None: none.
-
-    Returns:
-        What was done to each module; the same is in the folder's quant_log.json.
-
-    Raises:
-        QquantError: bad options (UsageError), model, data, numbers, or disk; nothing is left at ``out``.
-    """
-    from qquant.calibrate import check_samples, fingerprint
-    from qquant.capture import capture, head
-    from qquant.checkpoint import (
-        QUANTIZED_FOLDER,
-        check_logits,
-        plan_tensors,
-        quantization_keys,
-        reopen,
-        write_manifest,
-    )
-    from qquant.config import QuantizeLog
-    from qquant.linear import QuantLinear
-    from qquant.publish import published
-    from qquant.shards import ShardWriter
-    from qquant.side_files import collect
-    from qquant.sources import StreamedModel, resolve_folder
-    from qquant.walk import Walk
-
-    folder, target = resolve_folder(str(model)), Path(out)
-    tuned = None if adapter is None else Path(adapter).expanduser()
-    source = StreamedModel(folder, dtype=dtype, device=device, adapter=tuned)
-    beside = collect(folder, adapter=tuned, changes=source.config_changes)
-    beside.check_tokenizer()
-    vocabulary = int(source.config.get_text_config().vocab_size)
-    chosen = _samples_or_probe(samples, config, vocabulary)
-    check_samples(chosen, vocabulary)
-    data: dict[str, Any] = (
-        {"sha256": fingerprint(samples), "samples": len(samples)} if samples and config.method == "gptq" else {}
-    )
-    plan, quantized, skipped = plan_tensors(source, config)
-    with published(target, QUANTIZED_FOLDER, overwrite=overwrite) as staging:
-        writer = ShardWriter(staging, plan, max_shard_bytes=max_shard_bytes)
-        for name in plan:
-            if name in source.reader.entries:
-                writer.write_chunks(name, source.finite_chunks(name))
-
-        def write(name: str, layer: nn.Linear, solution: Solution, settings: QuantizeConfig) -> None:
-            packed = QuantLinear.from_codes(*solution.packable(), bits=settings.bits, group_size=settings.group_size)
-            for part, tensor in packed.state_dict().items():
-                writer.write(f"{name}.{part}", tensor)
-
-        source.load_outside(with_head=False)
-        stream = capture(source, chosen, device)
-        source.release_outside()
-        walk = Walk(source, config, write, on_module or (lambda record: None))
-        walk.run(stream)
-        writer.close()
-        beside.write(staging, quantization_keys(config, quantized, skipped))
-
-        source.load_outside(with_head=True)
-        walked = head(source, stream.hidden[0], device)
-        source.release_outside()
-        del stream
-        check_logits(_logits_of(reopen(staging, dtype=source.dtype, device=device), chosen[0], device), walked)
-        log = QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
-        computed_in = str(source.dtype).removeprefix("torch.")
-        write_manifest(
-            staging, source=folder, adapter=tuned, config=config, data=data, log=log, computed_in=computed_in
-        )
-    return log
-
-
-def quantize_model(
-    model: PreTrainedModel,
-    samples: Sequence[Sample] | None,
-    config: QuantizeConfig,
-    *,
-    on_module: Callable[[ModuleRecord], None] | None = None,
-) -> QuantizeLog:
-    """Quantize a model in memory; its linears become ``QuantLinear`` and ``save_pretrained`` writes a GPTQ checkpoint.
-
-    Args:
-        model: causal language model on one device. Modified in place.
-        samples: calibration samples; None for ``config.method == "rtn"``.
-        config: what to do.
-        on_module: called after each linear, for progress.
-
-    Returns:
-        What was done to each module.
-
-    Raises:
-        QquantError: bad options, data or numbers. The model may then be partly quantized; load it again.
-    """
-    from qquant.calibrate import check_samples
-    from qquant.capture import capture
-    from qquant.checkpoint import attach_quantization, refuse_unpackable_model
-    from qquant.config import QuantizeLog
-    from qquant.linear import QuantLinear
-    from qquant.model_kernels import attach_kernels
-    from qquant.sources import LoadedModel
-    from qquant.walk import Walk
-
-    source = LoadedModel(model)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    chosen = _samples_or_probe(samples, config, vocabulary)
-    check_samples(chosen, vocabulary)
-    refuse_unpackable_model(source, config)
-    replacements: dict[str, QuantLinear] = {}
-
-    def keep(name: str, layer: nn.Linear, solution: Solution, settings: QuantizeConfig) -> None:
-        replacements[name] = QuantLinear.from_codes(
-            *solution.packable(), bias=layer.bias, bits=settings.bits, group_size=settings.group_size
-        )
-
-    walk = Walk(source, config, keep, on_module or (lambda record: None))
-    walk.run(capture(source, chosen, model.device))
-    for name, layer in replacements.items():
-        model.set_submodule(name, layer)
-    attach_quantization(model, config, list(replacements), walk.skipped)
-    attach_kernels(model)
-    return QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
-
-
-def _samples_or_probe(samples: Sequence[Sample] | None, config: QuantizeConfig, vocabulary: int) -> list[Sample]:
-    """The calibration samples, or for round-to-nearest one made-up sample that only serves to compare logits."""
-    from qquant.calibrate import samples_from_ids
-    from qquant.errors import BadModelError, UsageError
-
-    if vocabulary < 1:
-        raise BadModelError(
-            f"a model must have one row per token, vocab_size is {vocabulary}; get its config.json again"
-        )
-    if config.method == "rtn":
-        return samples_from_ids([[i % vocabulary for i in range(_PROBE_TOKENS)]])
-    if samples is None:
-        raise UsageError('method "gptq" needs calibration data, got none; give --data, or choose --method rtn')
-    return list(samples)
-
-
-def _logits_of(source: Any, sample: Sample, device: torch.device | str) -> torch.Tensor:
-    """Logits [1, T, vocab] of one sample through a folder that is read block by block."""
-    import torch
-
-    from qquant.capture import capture, first_output, head
-    from qquant.models.layouts import block_list
-
-    source.load_outside(with_head=True)
-    stream = capture(source, [sample], device)
-    hidden = stream.hidden[0]
-    with torch.inference_mode():
-        for index in range(len(block_list(source.model, source.layout))):
-            hidden = first_output(source.load(index)(hidden, **stream.calls[0][index]))
-            source.release(index)
-    return head(source, hidden, device)
 
 
 def quantize_command(
     model: Annotated[str, typer.Option("--model", "--model_name_or_path", help="Model folder or hub id.")],
     out: Annotated[Path, typer.Option("--out", "--out_path", help="Folder to make.")],
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--data", "--data_path", help="Calibration data: text, JSONL, Qwen or OpenAI chats, parquet, hub id."
+            "--data",
+            "--data_path",
+            help="Calibration data: text, JSONL, Qwen or OpenAI chats, parquet, hub id; repeatable, with a weight as "
+            "zh.jsonl=2.",
         ),
     ] = None,
     adapter: Annotated[
@@ -241,10 +58,28 @@ def quantize_command(
     damp_percent: Annotated[float, typer.Option(help="Damping, share of the mean diagonal.")] = 0.01,
     true_sequential: Annotated[bool, typer.Option("--true-sequential/--one-pass", help="Stage by stage.")] = True,
     packing: Annotated[str, typer.Option(help="auto, pack or truncate.")] = "auto",
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Put all data, plain text too, into the model's chat template, or nothing; default: only messages, "
+            "and prompts with answers.",
+        ),
+    ] = None,
+    select: Annotated[str, typer.Option(help="random, or spread: evenly, without copies.")] = "random",
     skip: Annotated[list[str] | None, typer.Option(help="Regex of modules to leave alone; repeatable.")] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="'REGEX=bits:8,group_size:64' for some modules; repeatable.")
     ] = None,
+    target_size: Annotated[
+        str | None, typer.Option("--target-size", help="Mix 4 and 8 bits so that weight files stay under 4.6GiB, say.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", help="The smallest mix of 4 and 8 bits that stays under this KL.")
+    ] = None,
+    sensitivity_tokens: Annotated[
+        int, typer.Option("--sensitivity-tokens", min=256, help="Tokens that a mix is measured on.")
+    ] = 2048,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     max_shard_size: Annotated[float, typer.Option(min=0.001, max=1e6, help="GB per output shard.")] = 4.0,
@@ -268,6 +103,7 @@ def quantize_command(
     with user_errors(debug=debug):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         config = _config(options, skip or [], override or [])
+        target = _target(target_size, max_kl)
         from qquant.adapter import Adapter
         from qquant.checkpoint import QUANTIZED_FOLDER
         from qquant.progress import module_progress, quiet_transformers, step_progress
@@ -281,8 +117,12 @@ def quantize_command(
         folder = resolve_folder(model)
         with step_progress() as on_progress:
             on_progress("reading the calibration samples", 0, 1)
-            samples = _read_samples(folder, adapter, data, config, n_samples, seq_len, seed, packing)
-        if dry_run:
+            chosen = {"n_samples": n_samples, "seq_len": seq_len, "seed": seed, "packing": packing}
+            chosen |= {"chat_template": chat_template, "select": select}
+            mixture = _read_samples(folder, adapter, data or [], config, chosen, needed=bool(target))
+        samples = mixture.samples if mixture else None
+        _tell_given(mixture, err=not dry_run)
+        if dry_run and not target:
             _show_plan(folder, adapter, samples, config)
             return
         from qquant.heap import keep_heap_small
@@ -290,20 +130,37 @@ def quantize_command(
         quiet_transformers()
         keep_heap_small()
         began, cpu_began = time.perf_counter(), time.process_time()
+        where: dict[str, Any] = {
+            "device": pick_device(device),
+            "max_shard_bytes": int(max_shard_size * 1e9),
+            "adapter": adapter,
+        }
+        if target:
+            from qquant.mixed_precision import measure
+
+            with step_progress() as on_progress:
+                mixed = measure(
+                    folder,
+                    samples,
+                    config,
+                    sensitivity_tokens=sensitivity_tokens,
+                    on_progress=on_progress,
+                    **where,
+                )
+            if dry_run:
+                choice = mixed.choose(**target)
+                _show_choice(mixed, choice)
+                _show_plan(folder, adapter, samples, choice.config)
+                return
         blocks = getattr(read_config(folder).get_text_config(), "num_hidden_layers", None)
         with module_progress(blocks) as on_module:
-            log = quantize_checkpoint(
-                folder,
-                samples,
-                config,
-                out,
-                dtype=pick_dtype(dtype),
-                device=pick_device(device),
-                max_shard_bytes=int(max_shard_size * 1e9),
-                overwrite=overwrite,
-                on_module=on_module,
-                adapter=adapter,
-            )
+            run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, "on_module": on_module}
+            if target:
+                log, kl = quantize_mixed(mixed, out, **target, on_choice=partial(_show_choice, mixed), **run)
+            else:
+                log = quantize_checkpoint(folder, samples, config, out, **where, **run)
+        if target:
+            _say_measured(mixed, kl)
         _summarize(log, out, time.perf_counter() - began, time.process_time() - cpu_began)
         typer.echo(out)
 
@@ -333,31 +190,80 @@ def _config(options: dict[str, Any], skips: list[str], overrides: list[str]) -> 
     return QuantizeConfig.from_dict({**options, "dynamic": rules})
 
 
+def _target(size: str | None, max_kl: float | None) -> dict[str, Any]:
+    """What a mix of 4 and 8 bits has to meet, as arguments of ``MixedPrecision.choose``; nothing if none is wanted."""
+    from qquant.console import size_in_bytes
+    from qquant.errors import UsageError
+
+    if size is not None and max_kl is not None:
+        raise UsageError("--target-size and --max-kl are two targets, and one is met at a time; leave one out")
+    if max_kl is not None and not 0 < max_kl < 100:
+        raise UsageError(f"--max-kl must be above 0 nats per token, such as 0.01, got {max_kl:g}")
+    if size is not None:
+        return {"target_bytes": size_in_bytes(size, "--target-size")}
+    return {} if max_kl is None else {"max_kl": max_kl}
+
+
+def _show_choice(mixed: MixedPrecision, choice: Choice) -> None:
+    """The frontier on stderr, with the choice in its place."""
+    points = [other.point for other in mixed.frontier()]
+    points = sorted({point.size_bytes: point for point in (*points, choice.point)}.values(), key=lambda p: p.size_bytes)
+    typer.echo("     weight files  predicted KL  stages", err=True)
+    for point in points:
+        mark = "->" if point.size_bytes == choice.point.size_bytes else ""
+        mix = ", ".join(f"{count} {label}" for label, count in point.stages.items())
+        typer.echo(f"{mark:2} {point.size_bytes:14,d}  {point.predicted_kl:12.2e}  {mix}", err=True)
+
+
+def _say_measured(mixed: MixedPrecision, kl: float) -> None:
+    """What the result costs, and who can read it."""
+    from qquant.mixed_precision import READERS
+
+    tokens = sum(int(sample.mask.sum()) for sample in mixed.check)
+    typer.echo(f"measured KL {kl:.2e} on {tokens} tokens that were used for nothing else", err=True)
+    typer.echo(READERS, err=True)
+
+
 def _read_samples(
     folder: Path,
     adapter: Path | None,
-    data: str | None,
+    data: list[str],
     config: QuantizeConfig,
-    n_samples: int,
-    seq_len: int,
-    seed: int,
-    packing: Any,  # checked by load_samples
-) -> list[Sample] | None:
-    from qquant.calibrate import check_tokenizer, load_samples
+    options: dict[str, Any],
+    *,
+    needed: bool,
+) -> Mixture | None:
+    """The samples, with the options that ``load_mixture`` takes and checks; None where nothing needs any."""
+    from qquant.calibrate import check_tokenizer, load_mixture
     from qquant.errors import UsageError
     from qquant.side_files import tokenizer_folder
+    from qquant.source_weights import parse_sources
     from qquant.sources import load_tokenizer
 
-    if config.method == "rtn":
+    if not config.needs_data and not needed:
         return None
-    if data is None:
+    if not data and needed:
+        raise UsageError("a size or KL target is met by measuring, which needs calibration data; give --data")
+    if not data:
         raise UsageError("gptq needs calibration data, got no --data; give a text or JSON file, or choose --method rtn")
+    sources = parse_sources(data)
     with tokenizer_folder(folder, adapter) as place:
         tokenizer = load_tokenizer(place)
         warning = check_tokenizer(tokenizer, place)
     if warning:
         _log.warning("%s", warning)
-    return load_samples(data, tokenizer, n_samples=n_samples, seq_len=seq_len, seed=seed, packing=packing)
+    return load_mixture(sources, tokenizer, **options)
+
+
+def _tell_given(mixture: Mixture | None, *, err: bool) -> None:
+    """A line for each source, with its share of the tokens where there are several; one on the chat template."""
+    given = mixture.given if mixture else ()
+    tokens = sum(one.tokens for one in given)
+    for one in given:
+        share = f" ({one.tokens / tokens:.0%})" if len(given) > 1 else ""
+        typer.echo(f"source    {one.source}: {one.samples} samples, {one.tokens} tokens{share}, {one.read_as}", err=err)
+    if mixture and mixture.hint:
+        typer.echo(f"template  {mixture.hint}", err=err)
 
 
 def _show_plan(folder: Path, adapter: Path | None, samples: list[Sample] | None, config: QuantizeConfig) -> None:
@@ -372,7 +278,9 @@ def _show_plan(folder: Path, adapter: Path | None, samples: list[Sample] | None,
     after = sum(spec.nbytes for spec in plan.values())
     tokens = sum(int(sample.mask.sum()) for sample in samples or [])
     typer.echo(f"samples   {len(samples or [])}, {tokens} tokens that count")
-    typer.echo(f"linears   {len(quantized)} to {config.bits} bits, {len(skipped)} left alone")
+    bits = sorted(chosen.bits for name in quantized if (chosen := config.for_module(name)))
+    counts = ", ".join(f"{bits.count(width)} to {width} bits" for width in dict.fromkeys(bits))
+    typer.echo(f"linears   {counts}, {len(skipped)} left alone")
     typer.echo(f"weights   {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.3f})")
 
 

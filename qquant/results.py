@@ -89,6 +89,9 @@ class ModelRow(Strict):
     """That the inputs of packed linears were rounded to; None: they were not."""
     head_bits: int | None = None
     """That the output projection was rounded to after loading; None: it was not."""
+    calibration_overlap: float | None = None
+    """Share of the evaluated text's runs of 16 tokens that its calibration had seen, estimated from a sketch in the
+    manifest; None: not known."""
     checkpoint_dtype: str
     """The dtype its config.json names; the report's compute_dtype says what it was run in."""
     weights_bytes: int | None = None

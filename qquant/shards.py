@@ -242,19 +242,10 @@ class ShardWriter:
                 os.fsync(stream.fileno())
 
     def _create(self, file_name: str, tensors: Mapping[str, TensorSpec]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, spec in tensors.items():
-            header[name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text, starts = _header(tensors)
         for name in tensors:
-            self._places[name] = (file_name, 8 + len(text) + header[name]["data_offsets"][0])
+            self._places[name] = (file_name, 8 + len(text) + starts[name])
+        offset = sum(spec.nbytes for spec in tensors.values())
         with (self._folder / file_name).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.flush()
@@ -262,6 +253,29 @@ class ShardWriter:
                 os.posix_fallocate(stream.fileno(), 8 + len(text), offset)
             else:  # macOS has no such call; the file then gets its size, but not yet its blocks
                 stream.truncate(8 + len(text) + offset)
+
+
+def written_bytes(plan: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> int:
+    """Bytes of all weight files that a ``ShardWriter`` makes of a plan, headers included."""
+    shards = ({name: plan[name] for name in names} for names in _split(plan, max_shard_bytes))
+    return sum(8 + len(_header(shard)[0]) for shard in shards) + sum(spec.nbytes for spec in plan.values())
+
+
+def _header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The JSON in front of a file's tensors, and where each begins behind it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    offset = 0
+    for name, spec in tensors.items():
+        starts[name] = offset
+        header[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), starts
 
 
 def _split(plan: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:

@@ -20,15 +20,18 @@ from typing import Any, Literal, TextIO, cast
 
 from qquant.errors import BadDataError, QquantError
 
-Kind = Literal["text", "conversations", "messages"]
+Kind = Literal["text", "conversations", "messages", "pairs"]
 
 BLOCK_CHARS = 1 << 20
 """Characters handed on at once. A tokenizer needs many times its text in memory."""
 
 _KINDS: tuple[Kind, ...] = ("conversations", "messages", "text")
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+"""Fields of a prompt and what answers it, by the names that published data sets give them."""
 # A line break after a visible character and before a word: the pre-tokenizers of GPT-2, Llama 3 and Qwen all split
 # there whatever follows, so cutting at it changes no id. Greedy: the last such place.
 _SAFE_CUT = re.compile(r".*\S\n(?=\w)", re.DOTALL)
+_NEEDED = "'text', 'conversations', 'messages', or a prompt and its answer ('prompt' and 'response', for example)"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -40,7 +43,8 @@ class Document:
     """File and line, for messages."""
     kind: Kind
     value: Any
-    """kind text: an iterable of str, to be read once, that joined are the text; else the list of turns, checked."""
+    """kind text: an iterable of str, to be read once, that joined are the text; else the list of turns, checked: Qwen's
+    for conversations, OpenAI's for messages and for pairs, which are a prompt and its answer."""
 
 
 def read_documents(source: str | Path) -> Iterator[Document]:
@@ -64,6 +68,29 @@ def read_documents(source: str | Path) -> Iterator[Document]:
     if _suffix(path) in (".json", ".jsonl", ".ndjson"):
         return _items(_json_rows(path))
     return _plain(path)
+
+
+def as_text(document: Document) -> Document:
+    """What was said, without who said it: the contents of all turns, each on a line of its own.
+
+    Raises:
+        BadDataError: a turn whose content is not a text.
+    """
+    if document.kind == "text":
+        return document
+    name = "value" if document.kind == "conversations" else "content"
+    lines = [_text(turn.get(name), f"{document.where}, turn {n}", name) for n, turn in enumerate(document.value, 1)]
+    return Document(document.where, "text", ["\n".join(lines)])
+
+
+def as_messages(document: Document) -> Document:
+    """A conversation or a pair as OpenAI's messages; texts and messages as they are."""
+    if document.kind == "pairs":
+        return Document(document.where, "messages", document.value)
+    if document.kind != "conversations":
+        return document
+    turns = [{"role": turn["from"], "content": turn["value"]} for turn in document.value]
+    return Document(document.where, "messages", turns)
 
 
 def blocks(pieces: Iterable[str]) -> Iterator[str]:
@@ -189,18 +216,35 @@ def _dataset_rows(source: str, name: str, config: str | None, **kwargs: Any) -> 
 def _items(rows: Iterable[tuple[str, Any]]) -> Iterator[Document]:
     """Check the items and turn them into documents; the first item decides which field all of them need."""
     field: Kind | None = None
+    pair = ("", "")
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise BadDataError(f'{where}: an item must be an object, got {type(row).__name__}; write {{"text": ...}}')
-        field = field or next((name for name in _KINDS if name in row), None)
-        if field is None or field not in row:
-            needed = f"{field!r}, as the first item has" if field else "'text', 'conversations' or 'messages'"
+        if field is None:
+            field = next((name for name in _KINDS if name in row), None)
+            pair = next((names for names in _PAIRS if row.keys() >= set(names)), pair)
+            field = field or ("pairs" if pair[0] else None)
+        if field is None or not row.keys() >= set(pair if field == "pairs" else (field,)):
+            named = " and ".join(map(repr, pair)) if field == "pairs" else repr(field)
+            needed = f"{named}, as the first item has" if field else _NEEDED
             raise BadDataError(f"{where}: an item needs {needed}, got {sorted(map(str, row))[:8]}; add it or drop it")
+        if field == "pairs":
+            yield Document(where, field, _pair(row, pair, where))
+            continue
         value = row[field]
         if field != "text":
             yield Document(where, field, _turns(value, field, where))
         elif _text(value, where, "text").strip():
             yield Document(where, field, [value[at : at + BLOCK_CHARS] for at in range(0, len(value), BLOCK_CHARS)])
+
+
+def _pair(row: Mapping[str, Any], names: tuple[str, str], where: str) -> list[Mapping[str, Any]]:
+    """A prompt and its answer as messages; what Alpaca calls ``input`` belongs to the instruction above it."""
+    prompt, answer = (_text(row[name], where, name) for name in names)
+    more = row.get("input") if names[0] == "instruction" else None
+    if more is not None and _text(more, where, "input"):
+        prompt = f"{prompt}\n{more}"
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def _turns(value: Any, field: Kind, where: str) -> list[Mapping[str, Any]]:

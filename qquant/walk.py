@@ -7,8 +7,9 @@ brings a block in and takes it away again. Mathematics is in solver.py, files ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,8 @@ from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import NumericError, QquantError
 from qquant.heap import return_unused_memory
 from qquant.models.layouts import Unit, block_list, linears
-from qquant.solver import Hessian, Solution, relative_error, solve
+from qquant.moments import CrossMoment, Hessian, Moments
+from qquant.solver import Solution, relative_error, solve
 
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
 # otherwise the unit is run again. Either way the numbers are the same.
@@ -29,6 +31,26 @@ _KEPT_TAIL_BYTES = 256 * 2**20
 
 Emit = Callable[[str, nn.Linear, Solution, QuantizeConfig], None]
 """Receives each solved linear: full name, the layer with its original weight, the solution, its settings."""
+
+Run = Callable[[Tensor, int], Any]
+"""(hidden states [1, T, hidden], sample) -> what a unit or a block makes of them."""
+
+
+@dataclass
+class _Gathered:
+    """The sums that one stage's moments are made of."""
+
+    inputs: Hessian
+    mismatch: CrossMoment | None = None
+    residual: CrossMoment | None = None
+
+    def finish(self) -> Moments:
+        """The means; takes the accumulators' memory."""
+        return Moments(
+            inputs=self.inputs.finish(),
+            mismatch=None if self.mismatch is None else self.mismatch.finish(),
+            residual=None if self.residual is None else self.residual.finish(),
+        )
 
 
 @dataclass
@@ -40,16 +62,20 @@ class Walk:
         config: what to do; per-module rules included.
         emit: receives each solution.
         on_module: called with each record as it is made, for progress.
+        outputs: full name of a linear -> how much predictions feel its outputs, from ``gradients.output_moments``.
     """
 
     source: BlockSource
     config: QuantizeConfig
     emit: Emit
     on_module: Callable[[ModuleRecord], None] = lambda record: None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     records: list[ModuleRecord] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    _originals: dict[nn.Linear, Tensor] = field(default_factory=dict)
+    """Of the current unit's linears that are quantized already: their original weights, where these are needed."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, stream: Stream) -> None:
         """Go through all blocks; afterwards ``stream.hidden`` is what leaves the last quantized block.
 
@@ -58,84 +84,150 @@ class Walk:
         Raises:
             QquantError: whatever the solver or the data raised, with the module's name in front.
         """
+        # The samples once more, as the original model has them: tensors are replaced, never changed.
+        exact = list(stream.hidden) if self.config.recipe.needs_exact_stream else None
         for index in range(len(block_list(self.source.model, self.source.layout))):
             block = self.source.load(index)
             prefix = f"{self.source.layout.blocks}.{index}"
             calls = [calls[index] for calls in stream.calls]
             units = self.source.layout.units
-            if self.config.method == "rtn":
+            if not self.config.needs_data:
                 for name in linears(block):
                     self._solve(block, prefix, [name], None)
                 for i, hidden in enumerate(stream.hidden):
                     stream.hidden[i] = first_output(block(hidden, **calls[i]))
             elif units is None or not self.config.true_sequential:
-                self._whole_block(block, prefix, stream, calls)
+                self._whole_block(block, prefix, stream, exact, calls)
             else:
                 for unit in units:
-                    self._unit(block, prefix, unit, stream, calls)
+                    self._unit(block, prefix, unit, stream, exact, calls)
             _check_finite(stream, prefix)
             self.source.release(index)
             return_unused_memory()
 
-    def _unit(self, block: nn.Module, prefix: str, unit: Unit, stream: Stream, calls: list[dict[str, Any]]) -> None:
+    def _unit(
+        self,
+        block: nn.Module,
+        prefix: str,
+        unit: Unit,
+        stream: Stream,
+        exact: list[Tensor] | None,
+        calls: list[dict[str, Any]],
+    ) -> None:
         """Quantize one residual unit stage by stage and add its output to the stream."""
         norm, module = block.get_submodule(unit.norm), block.get_submodule(unit.module)
         tail = block.get_submodule(unit.tail)
 
-        def run(i: int) -> Any:
-            normed = norm(stream.hidden[i])
+        def run(hidden: Tensor, i: int) -> Any:
+            normed = norm(hidden)
             return module(hidden_states=normed, **calls[i]) if unit.sees_positions else module(normed)
 
         kept: list[Tensor] | None = None
         for number, stage in enumerate(unit.stages):
             last = number == len(unit.stages) - 1
-            kept = self._stage(block, prefix, list(stage), run, stream, keep=last)
+            kept = self._stage(block, prefix, list(stage), run, stream, exact, tail=last)
         for i, hidden in enumerate(stream.hidden):
             if kept is not None:
                 output = tail(kept[i])
                 kept[i] = hidden.new_empty(0)
             else:
-                output = run(i)
+                output = run(hidden, i)
             stream.hidden[i] = hidden + first_output(output)
+        if self.config.for_module(f"{prefix}.{unit.tail}") is None:  # else its stage has done so
+            self._advance(exact, lambda hidden, i: hidden + first_output(run(hidden, i)))
+        self._originals.clear()
 
-    def _whole_block(self, block: nn.Module, prefix: str, stream: Stream, calls: list[dict[str, Any]]) -> None:
+    def _whole_block(
+        self,
+        block: nn.Module,
+        prefix: str,
+        stream: Stream,
+        exact: list[Tensor] | None,
+        calls: list[dict[str, Any]],
+    ) -> None:
         """Quantize a block that is only known by its structure: run it whole for every set of linears."""
 
-        def run(i: int) -> Tensor:
-            return first_output(block(stream.hidden[i], **calls[i]))
+        def run(hidden: Tensor, i: int) -> Tensor:
+            return first_output(block(hidden, **calls[i]))
 
-        stages = discover_stages(block, prefix, lambda: run(0))
+        stages = discover_stages(block, prefix, lambda: run(stream.hidden[0], 0))
         if self.config.true_sequential:
             for stage in stages:
-                self._stage(block, prefix, stage, run, stream, keep=False)
+                self._stage(block, prefix, stage, run, stream, exact, tail=False)
         else:
             hessians = self._hessians(block, [stage[0] for stage in stages], run, stream)
             for stage, hessian in zip(stages, hessians, strict=True):
-                self._solve(block, prefix, stage, hessian)
-        stream.hidden = [run(i) for i in range(len(stream.hidden))]
+                self._solve(block, prefix, stage, _Gathered(hessian))
+        stream.hidden = [run(hidden, i) for i, hidden in enumerate(stream.hidden)]
+        self._advance(exact, run)
+        self._originals.clear()
+
+    def _advance(self, exact: list[Tensor] | None, run: Run) -> None:
+        """Bring the original's samples behind what was just quantized."""
+        if exact is not None:
+            with self._original_weights():
+                for i, hidden in enumerate(exact):
+                    exact[i] = run(hidden, i)
+
+    @contextmanager
+    def _original_weights(self) -> Iterator[None]:
+        """The unit's quantized linears are the original ones for a while."""
+        quantized = {layer: layer.weight for layer in self._originals}
+        for layer, weight in self._originals.items():
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            yield
+        finally:
+            for layer, parameter in quantized.items():
+                layer.weight = parameter
 
     def _stage(
-        self, block: nn.Module, prefix: str, stage: list[str], run: Callable[[int], Any], stream: Stream, *, keep: bool
+        self,
+        block: nn.Module,
+        prefix: str,
+        stage: list[str],
+        run: Run,
+        stream: Stream,
+        exact: list[Tensor] | None,
+        *,
+        tail: bool,
     ) -> list[Tensor] | None:
-        """Accumulate one Hessian, solve the linears that share it; returns their inputs if they are worth keeping."""
+        """Gather one stage's moments, solve its linears; returns a tail's inputs if they are worth keeping.
+
+        A tail's output is its unit's, so that the original's samples are brought behind the unit on the way.
+        """
         if all(self.config.for_module(f"{prefix}.{name}") is None for name in stage):
             self._solve(block, prefix, stage, None)
             return None
-        kept: list[Tensor] | None = [] if keep else None
+        kept: list[Tensor] | None = [] if tail else None
         linear = _linear(block, stage[0])
-        hessian, size = Hessian(linear.in_features, device=linear.weight.device), 0
-        for i in range(len(stream.hidden)):
-            inputs = input_of(linear, partial(run, i))
-            hessian.add(stream.counted(i, inputs))
+        columns, device, size = linear.in_features, linear.weight.device, 0
+        gathered = _Gathered(Hessian(columns, device=device))
+        if exact is not None:
+            gathered.mismatch = CrossMoment(columns, columns, device=device)
+            if tail and self.config.recipe.residual:
+                gathered.residual = CrossMoment(linear.out_features, columns, device=device)
+        for i, hidden in enumerate(stream.hidden):
+            inputs = input_of(linear, partial(run, hidden, i))
+            counted = stream.counted(i, inputs)
+            gathered.inputs.add(counted)
+            if exact is not None and gathered.mismatch is not None:
+                with self._original_weights():
+                    wanted = input_of(linear, partial(run, exact[i], i))
+                gathered.mismatch.add(stream.counted(i, wanted), counted, counted)
+                if gathered.residual is not None:
+                    gathered.residual.add(stream.counted(i, exact[i]), stream.counted(i, hidden), counted)
+                if tail:
+                    exact[i] = exact[i] + linear(wanted)
             size += inputs.nbytes
             if kept is not None and size <= _KEPT_TAIL_BYTES:
                 kept.append(inputs)
             else:
                 kept = None
-        self._solve(block, prefix, stage, hessian)
+        self._solve(block, prefix, stage, gathered)
         return kept
 
-    def _hessians(self, block: nn.Module, names: list[str], run: Callable[[int], Any], stream: Stream) -> list[Hessian]:
+    def _hessians(self, block: nn.Module, names: list[str], run: Run, stream: Stream) -> list[Hessian]:
         """The Hessians of several inputs from one run of every sample."""
         layers = [_linear(block, name) for name in names]
         hessians = [Hessian(layer.in_features, device=layer.weight.device) for layer in layers]
@@ -145,8 +237,8 @@ class Walk:
             for n, layer in enumerate(layers)
         ]
         try:
-            for i in range(len(stream.hidden)):
-                run(i)
+            for i, hidden in enumerate(stream.hidden):
+                run(hidden, i)
                 for n, hessian in enumerate(hessians):
                     hessian.add(stream.counted(i, seen[n]))
         finally:
@@ -154,36 +246,43 @@ class Walk:
                 hook.remove()
         return hessians
 
-    def _solve(self, block: nn.Module, prefix: str, names: list[str], accumulated: Hessian | None) -> None:
-        """Solve the linears that share a Hessian and put the quantized weights in their place.
+    def _solve(self, block: nn.Module, prefix: str, names: list[str], gathered: _Gathered | None) -> None:
+        """Solve the linears that share an input and put the quantized weights in their place.
 
-        Linears with the same settings are solved as one tall matrix: rows do not see one another, so the result is
-        the same and the column loop runs once.
+        Linears with the same settings are solved as one tall matrix: rows do not see one another but in blocks of one
+        linear, so the result is the same and the column loop runs once.
         """
         return_unused_memory()
         try:
-            hessian = None if accumulated is None else accumulated.finish()
+            shared = None if gathered is None else gathered.finish()
         except NumericError as error:
             raise NumericError(f"{prefix}.{names[0]}: {error}") from error
         settings = {name: self.config.for_module(f"{prefix}.{name}") for name in names}
-        for name in names:
-            if settings[name] is None:
-                self.skipped.append(f"{prefix}.{name}")
+        self.skipped += [f"{prefix}.{name}" for name in names if settings[name] is None]
         while remaining := [name for name in names if settings[name] is not None]:
-            chosen = settings[remaining[0]]
+            chosen, outputs = settings[remaining[0]], self.outputs.get(f"{prefix}.{remaining[0]}")
             assert chosen is not None
-            together = [name for name in remaining if settings[name] == chosen]
+            together = [
+                name
+                for name in remaining
+                if settings[name] == chosen and _side(self.outputs.get(f"{prefix}.{name}")) == _side(outputs)
+            ]
             for name in together:
                 settings[name] = None
             began = time.perf_counter()
             layers = [_linear(block, name) for name in together]
             weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
+            moments = shared
+            if shared is not None and outputs is not None:
+                blocks = [self.outputs[f"{prefix}.{name}"].to(weight.device) for name in together]
+                moments = replace(shared, outputs=torch.cat(blocks))
             try:
-                solution = solve(weight, hessian, chosen)
+                solution = solve(weight, moments, chosen)
             except QquantError as error:
                 raise type(error)(f"{prefix}.{together[0]}: {error}") from error
             del weight
             seconds = (time.perf_counter() - began) / len(together)
+            hessian = None if shared is None else shared.inputs
             for name, layer, part in zip(together, layers, _split(solution, layers), strict=True):
                 self._install(f"{prefix}.{name}", layer, part, chosen, hessian, seconds)
 
@@ -196,6 +295,7 @@ class Walk:
         hessian: Tensor | None,
         seconds: float,
     ) -> None:
+        aim = layer.weight if solution.target is None else solution.target
         record = ModuleRecord(
             name=name,
             bits=config.bits,
@@ -203,13 +303,15 @@ class Walk:
             sym=config.sym,
             desc_act=config.needs_g_idx,
             shape=(layer.out_features, layer.in_features),
-            relative_error=relative_error(layer.weight, solution, hessian),
+            relative_error=relative_error(aim, solution, hessian),
             damp_percent=solution.damp_percent,
             damp_escalations=solution.damp_escalations,
             dead_columns=solution.dead_columns,
             seconds=seconds,
         )
         self.emit(name, layer, solution, config)
+        if self.config.recipe.needs_exact_stream:
+            self._originals[layer] = layer.weight
         # Stored as [in, out] and viewed as [out, in]: the memory order in which QuantLinear multiplies, so that what
         # the next block sees is what a reader of the file computes.
         layer.weight = nn.Parameter(solution.weight().to(layer.weight.dtype).T.contiguous().T, requires_grad=False)
@@ -223,11 +325,17 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
+def _side(outputs: Tensor | None) -> int:
+    """Outputs that are weighted together; 0 where none are weighted."""
+    return 0 if outputs is None else outputs.shape[1]
+
+
 def _split(solution: Solution, layers: Sequence[nn.Linear]) -> list[Solution]:
     """Cut a tall solution back into its layers."""
     heights = [layer.out_features for layer in layers]
     tall = (solution.codes, solution.scales, solution.zeros)
     parts = zip(*(tensor.split(heights) for tensor in tall), strict=True)
+    targets = [None] * len(layers) if solution.target is None else solution.target.split(heights)
     return [
         Solution(
             codes=codes,
@@ -237,8 +345,9 @@ def _split(solution: Solution, layers: Sequence[nn.Linear]) -> list[Solution]:
             damp_percent=solution.damp_percent,
             damp_escalations=solution.damp_escalations,
             dead_columns=solution.dead_columns,
+            target=target,
         )
-        for codes, scales, zeros in parts
+        for (codes, scales, zeros), target in zip(parts, targets, strict=True)
     ]
 
 

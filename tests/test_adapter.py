@@ -24,7 +24,7 @@ from qquant.adapter_settings import CONFIG_NAME
 from qquant.calibrate import samples_from_ids
 from qquant.checkpoint import sha256
 from qquant.config import QuantizeConfig
-from qquant.gptq import quantize_checkpoint
+from qquant.quantizing import quantize_checkpoint
 from qquant.sources import StreamedModel
 from tests.adapters import RANK, edited, merged, run, saved, streamed, trained
 from tests.conftest import VOCAB, Factory

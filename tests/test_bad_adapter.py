@@ -15,7 +15,7 @@ from qquant.adapter import WEIGHTS_NAME, Adapter
 from qquant.adapter_settings import CONFIG_NAME
 from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError
-from qquant.gptq import quantize_checkpoint
+from qquant.quantizing import quantize_checkpoint
 from qquant.sources import StreamedModel
 from tests.adapters import RANK, Change, edited, run, saved, trained
 from tests.conftest import VOCAB, Factory

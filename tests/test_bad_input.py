@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from qquant.calibrate import samples_from_ids
 from qquant.cli import app
 from qquant.config import ModuleRecord, QuantizeConfig
-from qquant.gptq import quantize_checkpoint
+from qquant.quantizing import quantize_checkpoint
 from qquant.shards import INDEX_NAME, SINGLE_NAME
 from tests.conftest import Factory, make_checkpoint
 

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from qquant import calibrate, text_sources
+from qquant import calibrate, samples, text_sources, token_coding, tokenizer_check
 from qquant.calibrate import Sample, check_samples, check_tokenizer, fingerprint, load_samples, samples_from_ids
 from qquant.errors import BadDataError, BadModelError, UsageError
+from tests.tiny_tokenizer import SYSTEM, TEMPLATE, TEXT, train, wrap
 
-TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * 37} lazy dogs, and naps.\n" for i in range(60))
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
 CHAT = {
     "id": "0",
     "conversations": [
@@ -27,52 +26,26 @@ CHAT = {
     ],
 }
 MESSAGES = {"messages": [{"role": "user", "content": "hello fox"}, {"role": "assistant", "content": "hello dog"}]}
-SYSTEM = "You are a helpful assistant."
-
-
-def _train(pattern: str | None, specials: tuple[str, ...]) -> Any:
-    """A byte-level BPE; pattern None is the splitting of GPT-2."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    if pattern is None:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT, SYSTEM, "user assistant system hello fox dog"] * 2, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    return tokenizer
-
-
-def _wrap(tokenizer: Any, **options: Any) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **options)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "qwen2"])
 def any_tokenizer(request: pytest.FixtureRequest) -> Any:
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    return _wrap(_train(None if request.param == "gpt2" else PRETOKENIZE_REGEX, ("<|endoftext|>",)))
+    return wrap(train(None if request.param == "gpt2" else PRETOKENIZE_REGEX, ("<|endoftext|>",)))
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """With ChatML specials, chat template and end-of-text id."""
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    return _wrap(_train(None, specials), eos_token="<|endoftext|>", chat_template=TEMPLATE)
+    return wrap(train(None, specials), eos_token="<|endoftext|>", chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
 def bare() -> Any:
     """Without any special token."""
-    return _wrap(_train(None, ()))
+    return wrap(train(None, ()))
 
 
 @pytest.fixture
@@ -153,7 +126,7 @@ def test_a_text_starts_as_the_tokenizer_starts_it(write: Any, tokenizer: Any) ->
     inner.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
     )
-    llama_like = _wrap(inner, bos_token="<|im_start|>", eos_token="<|endoftext|>")
+    llama_like = wrap(inner, bos_token="<|im_start|>", eos_token="<|endoftext|>")
     path = write("a.jsonl", _jsonl([{"text": "hello fox"}] * 2))
     text, eos = _ids(tokenizer, "hello fox"), tokenizer.eos_token_id
     samples = load_samples(path, llama_like, n_samples=1, seq_len=2 * len(text) + 3)
@@ -340,7 +313,7 @@ def test_messages_need_a_chat_template(write: Any, bare: Any) -> None:
 
 
 def test_what_a_template_refuses_is_one_line_with_the_item(write: Any, tokenizer: Any) -> None:
-    strict = _wrap(tokenizer.backend_tokenizer, chat_template="{{ raise_exception('roles\nmust alternate') }}")
+    strict = wrap(tokenizer.backend_tokenizer, chat_template="{{ raise_exception('roles\nmust alternate') }}")
     with pytest.raises(
         BadDataError, match=r"a\.jsonl, line 1: the chat template refuses.*roles must alternate; change"
     ):
@@ -616,7 +589,7 @@ def test_an_unreadable_tokenizer_json_is_named(tokenizer: Any, tmp_path: Path) -
 
 
 def test_optional_packages_are_imported_where_they_are_used() -> None:
-    for module in (calibrate, text_sources):
+    for module in (calibrate, samples, text_sources, token_coding, tokenizer_check):
         lines = Path(str(module.__file__)).read_text().splitlines()
         names = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
         assert not names & {"transformers", "tokenizers", "datasets", "numpy"}

@@ -32,11 +32,11 @@ from qquant.config import QuantizeConfig
 from qquant.console import printable
 from qquant.conversation import Conversation, Style, choose_style
 from qquant.errors import BadModelError, DoesNotFitError, NumericError, UsageError
-from qquant.gptq import quantize_checkpoint
 from qquant.models.qwen.configuration import QWenConfig
 from qquant.models.qwen.context import make_context
 from qquant.models.qwen.modeling import QWenLMHeadModel
 from qquant.models.qwen.tokenization import SMALL_VOCABULARY, QWenTokenizer
+from qquant.quantizing import quantize_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_a_quantized_candidate_is_read_by_its_own_keys_and_log(
     tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     from qquant.config import QuantizeConfig
-    from qquant.gptq import quantize_checkpoint
+    from qquant.quantizing import quantize_checkpoint
 
     out = tmp_path / "int4"
     quantize_checkpoint(tiny_qwen2, None, QuantizeConfig(method="rtn", bits=4, group_size=32), out)

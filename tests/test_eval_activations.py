@@ -18,7 +18,7 @@ from qquant.config import QuantizeConfig
 from qquant.errors import UsageError
 from qquant.eval import evaluate_checkpoints
 from qquant.eval_models import with_rounded
-from qquant.gptq import quantize_checkpoint
+from qquant.quantizing import quantize_checkpoint
 from qquant.result_files import to_markdown
 from qquant.results import result_from_json
 

@@ -45,7 +45,7 @@ def test_the_door_compares_a_quantized_candidate_of_another_family(
     run_eval: Callable[..., Result], tiny_qwen2: Path, held_out: Path, tmp_path: Path
 ) -> None:
     from qquant.config import QuantizeConfig
-    from qquant.gptq import quantize_checkpoint
+    from qquant.quantizing import quantize_checkpoint
 
     quantized, out = tmp_path / "int4", tmp_path / "report"
     quantize_checkpoint(tiny_qwen2, None, QuantizeConfig(method="rtn", bits=4, group_size=32), quantized)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from qquant.calibrate import samples_from_ids
 from qquant.cli import app
 from qquant.config import QuantizeConfig
-from qquant.gptq import quantize_checkpoint
 from qquant.inspect import examine
+from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
 from tests.packed import edit_keys, edit_tensors, pack_by_hand
 

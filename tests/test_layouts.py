@@ -15,9 +15,9 @@ from qquant.calibrate import samples_from_ids
 from qquant.capture import discover_stages
 from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError
-from qquant.gptq import quantize_checkpoint
 from qquant.models.layouts import Layout, block_list, find_attentions, find_layout, linears
 from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.quantizing import quantize_checkpoint
 from tests.conftest import TINY, Factory
 from tests.qwen_folders import make_qwen
 

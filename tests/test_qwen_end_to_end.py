@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qquant
 from qquant.config import QuantizeConfig
-from qquant.gptq import quantize_checkpoint
 from qquant.kv_cache_quant import Int8KVCache
 from qquant.models.qwen.context import make_context
 from qquant.models.qwen.modeling import QWenLMHeadModel
 from qquant.models.qwen.tokenization import SMALL_VOCABULARY, QWenTokenizer
 from qquant.models.qwen.vocabulary import DEFAULT_SYSTEM
+from qquant.quantizing import quantize_checkpoint
 from tests.make_qwen_v1 import as_qwen_v1, make_qwen_v1
 from tests.qwen_cases import INT8, int8_error
 from tests.qwen_v1 import real_vocabulary_or_skip

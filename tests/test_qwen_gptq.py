@@ -16,10 +16,10 @@ import qquant
 from qquant.calibrate import samples_from_ids
 from qquant.capture import capture
 from qquant.errors import BadModelError
-from qquant.gptq import quantize_checkpoint
 from qquant.linear import QuantLinear
 from qquant.models.qwen import positions
 from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
 from qquant.solver import Hessian, solve
 from qquant.sources import StreamedModel

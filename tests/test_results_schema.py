@@ -39,7 +39,7 @@ NO_UNIT = {
     "a share, 0 to 1, or the difference or the limits of one, -1 to 1": """
         Accuracy.top1_agreement KVScheme.share_of_bfloat16 KVNeedle.agreement KVRecall.hit_rate TaskScore.score
         TaskScore.score_stderr TaskScore.group_mean TaskComparison.difference TaskComparison.ci95_low
-        TaskComparison.ci95_high""",
+        TaskComparison.ci95_high ModelRow.calibration_overlap""",
     "a probability": "TaskComparison.mcnemar_p",
     "one norm by another of the same kind, or one magnitude by another": """
         LayerError.relative_error KVStates.relative_error KVStates.channel_error KVPeaks.outlier_ratio""",

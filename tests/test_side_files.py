@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import qquant
 from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError
-from qquant.gptq import quantize_checkpoint
+from qquant.quantizing import quantize_checkpoint
 from qquant.side_files import collect, tokenizer_folder
 from qquant.sources import QWEN_CODE, load_tokenizer
 from tests.adapters import saved, trained

@@ -10,7 +10,9 @@ import torch
 from qquant import _native
 from qquant.config import Bits, QuantizeConfig
 from qquant.errors import NumericError, UsageError
-from qquant.solver import Hessian, Solution, factor_rows, inverse_factor, relative_error, solve
+from qquant.factor import factor_rows, inverse_factor
+from qquant.moments import Hessian
+from qquant.solver import Solution, relative_error, solve
 from tests.reference import gptq_one_column_at_a_time
 
 ROWS, COLUMNS = 6, 96

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qquant.calibrate import check_samples, fingerprint
+from qquant.calibrate import check_samples, data_record
 from qquant.checkpoint import load_quantized, quantization_config
 from qquant.compat.saving import Run, save_model
 from qquant.compat.script_inputs import (
@@ -34,9 +34,9 @@ from qquant.compat.script_inputs import (
 )
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import UsageError
-from qquant.gptq import quantize_model
 from qquant.hf_plugin import check_keys, check_values, register
 from qquant.json_files import read_json, write_json
+from qquant.quantizing import quantize_model
 from qquant.shards import weight_files
 from qquant.sources import StreamedModel, compute_dtype, read_config, resolve_folder
 
@@ -206,8 +206,7 @@ class BaseGPTQForCausalLM(nn.Module):
             self._weights = "original"
             raise
         self._weights = "quantized"
-        data = {"sha256": fingerprint(samples), "samples": len(samples)}
-        self._run = Run(config, data, log, str(self.model.dtype).removeprefix("torch."))
+        self._run = Run(config, data_record(samples), log, str(self.model.dtype).removeprefix("torch."))
 
     def save_quantized(
         self,

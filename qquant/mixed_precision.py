@@ -1,0 +1,356 @@
+"""Mixed precision: which linears get 4 bits and which 8, and in which groups, for a size or a divergence to stay under.
+
+Costs are measured by sensitivity.py and weighed by allocation.py; here they become settings, sizes of files, rules
+that readers understand, and a record. Quantizing with them is quantizing.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qquant.allocation import Allocation, Allocator, Option
+from qquant.checkpoint import plan_tensors, reopen
+from qquant.config import QuantizeConfig
+from qquant.errors import BadDataError, UsageError
+from qquant.mixed_settings import label, rules_for, settings_of, stage_bytes
+from qquant.samples import Sample
+from qquant.sensitivity import StageCost, divergence, measure_stages
+from qquant.shards import written_bytes
+from qquant.sources import StreamedModel, resolve_folder
+from qquant.telling import OnProgress, unheard
+
+RECORD_NAME = "mixed_precision.json"
+"""In the quantized folder: target, frontier, costs and what was chosen."""
+SENSITIVITY_TOKENS = 2048
+"""Tokens that costs are measured on; see docs/mixed-precision.md for what fewer or more change."""
+CHECK_TOKENS = 8192
+"""Tokens, used for nothing else, on which the result is compared with the original."""
+NEAR = 0.98
+"""A size target is met from below, and from here on where the sizes allow it."""
+MARGIN = 1.15
+"""A predicted KL is taken to be so many times as large: what was measured was 0.8 to 1.2 times what was predicted."""
+READERS = (
+    "rules for single linears (`dynamic`) are followed by qquant, GPTQModel's own loader, vLLM and SGLang; "
+    "transformers without qquant.register(), optimum and AutoGPTQ do not know them and cannot load such files"
+)
+"""Tried: qquant, GPTQModel, transformers with optimum. The others by what their code and documents say."""
+
+_WINDOW = 256  # tokens of a sequence that KL is measured on: logits of a large vocabulary take 600 kB each
+_DATA_TOKENS = 1 << 16  # in the Hessians: six times the longest rows of a 7B model
+_CHECK_SHARE = 8  # at most one sample in so many is kept for the check
+_POINTS = 10
+_log = logging.getLogger("qquant")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice of settings for all stages."""
+
+    size_bytes: int
+    """Of all weight files, embeddings, head and headers included."""
+    predicted_kl: float
+    """Sum of the stages' costs, nats per token."""
+    stages: Mapping[str, int]
+    """How many stages have which setting, such as "Int4 g128"."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen."""
+
+    config: QuantizeConfig
+    """With a rule for every linear that differs from the general settings."""
+    point: Point
+    chosen: tuple[int, ...]
+    """Per stage the place of its setting."""
+
+
+@dataclass
+class MixedPrecision:
+    """A model whose stages have been measured; choosing from it takes no time.
+
+    Made by ``measure``.
+    """
+
+    source: StreamedModel
+    config: QuantizeConfig
+    """What was asked for; its bits and group size are the coarsest setting."""
+    costs: list[StageCost]
+    calibration: list[Sample]
+    """What is left to quantize with."""
+    check: list[Sample]
+    """Held-out windows for ``measured_kl``."""
+    max_shard_bytes: int
+    adapter: Path | None
+    allocator: Allocator = field(init=False)
+    _beside: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Weigh every setting of every stage."""
+        self.allocator = Allocator(
+            [
+                [
+                    Option(stage_bytes(stage.shape, one), cost)
+                    for one, cost in zip(stage.settings, stage.kl, strict=True)
+                ]
+                for stage in self.costs
+            ]
+        )
+        packed = {f"{name}.weight" for stage in self.costs for name in stage.shape.names}
+        names = [name for name in self.source.stored_names() if name not in packed]
+        self._beside = sum(self.source.reader.spec(name).nbytes for name in names)
+
+    def for_size(self, target_bytes: int) -> Choice:
+        """The least predicted KL in weight files of at most ``target_bytes``.
+
+        Raises:
+            UsageError: smaller than the smallest choice, or more than 2 % larger than the largest.
+        """
+        least, most = (self._point(self._extreme(largest)) for largest in (False, True))
+        if not least.size_bytes <= target_bytes <= most.size_bytes / NEAR:
+            raise UsageError(
+                f"the size target must lie between {_said(least.size_bytes)} ({_mix(least)}) and "
+                f"{_said(most.size_bytes)} ({_mix(most)}) for this model, got {_said(target_bytes)}"
+            )
+        beside = least.size_bytes - self.allocator.least_bytes
+        while True:
+            wanted = int(NEAR * target_bytes) + 1 - beside
+            found = self.allocator.within_bytes(target_bytes - beside, wanted_bytes=wanted)
+            found = found or self._extreme(largest=False)
+            choice = self._choice(found)
+            if choice.point.size_bytes <= target_bytes:
+                break
+            # Headers are a few bytes longer where sizes have more digits.
+            beside += choice.point.size_bytes - target_bytes
+        if choice.point.size_bytes < NEAR * target_bytes:
+            _log.warning(
+                "no choice of settings lies within 2 %% below %s; the nearest is %s",
+                _said(target_bytes),
+                _said(choice.point.size_bytes),
+            )
+        return choice
+
+    def choose(
+        self, *, target_bytes: int | None = None, max_kl: float | None = None, correction: float = MARGIN
+    ) -> Choice:
+        """By ``for_size`` or ``for_kl``, whichever is asked for."""
+        if target_bytes is not None and max_kl is None:
+            return self.for_size(target_bytes)
+        if max_kl is not None and target_bytes is None:
+            return self.for_kl(max_kl, correction=correction)
+        raise UsageError("give either target_bytes or max_kl")
+
+    def for_kl(self, limit: float, *, correction: float = MARGIN) -> Choice:
+        """The smallest weight files whose predicted KL, taken ``correction`` times, is at most ``limit``.
+
+        Raises:
+            UsageError: no choice is predicted to be under it.
+        """
+        found = self.allocator.within_cost(limit / correction)
+        if found is None:
+            best = self.frontier()[-1].point
+            raise UsageError(
+                f"no choice of settings is sure to stay under a KL of {limit:.3g}; the least that is predicted is "
+                f"{best.predicted_kl:.3g} in {_said(best.size_bytes)} ({_mix(best)})"
+            )
+        return self._choice(found)
+
+    def frontier(self, count: int = _POINTS) -> list[Choice]:
+        """Choices than which none is predicted to be both smaller and better, from the smallest to the best."""
+        return [self._choice(found) for found in self.allocator.frontier(count)]
+
+    def pure(self, bits: int) -> Point | None:
+        """Every stage at these bits and the general group size, or None if that cannot be had."""
+        chosen = []
+        for stage in self.costs:
+            fitting = [
+                place
+                for place, one in enumerate(stage.settings)
+                if (one.bits, one.group_size) == (bits, self.config.group_size)
+            ]
+            if not fitting:
+                return None
+            chosen.append(fitting[0])
+        return self._point(self._allocation(chosen))
+
+    def measured_kl(self, folder: Path) -> float:
+        """Mean KL(original || folder) in nats per token on the held-out windows, both computed in float32."""
+        other = reopen(folder, dtype=self.source.dtype, device=self.source.device)
+        return divergence(self.source, other, self.check)
+
+    def record(self, choice: Choice, target: Mapping[str, float], measured_kl: float | None) -> dict[str, Any]:
+        """All that led to a choice, for a JSON file."""
+        stages = [
+            {
+                "modules": list(stage.shape.names),
+                "chosen": label(stage.settings[place]),
+                "settings": {
+                    label(one): {"size_bytes": stage_bytes(stage.shape, one), "predicted_kl": cost}
+                    for one, cost in zip(stage.settings, stage.kl, strict=True)
+                },
+            }
+            for stage, place in zip(self.costs, choice.chosen, strict=True)
+        ]
+        return {
+            "schema_version": 1,
+            "target": dict(target),
+            "chosen": _entry(choice.point),
+            "measured_kl": measured_kl,
+            "measured_on_tokens": sum(int(sample.mask.sum()) for sample in self.check),
+            "frontier": [_entry(other.point) for other in self.frontier()],
+            "stages": stages,
+        }
+
+    def _extreme(self, largest: bool) -> Allocation:
+        """The largest or the smallest setting of every stage."""
+        sizes = [[option.size_bytes for option in options] for options in self.allocator.stages]
+        return self._allocation([one.index(max(one) if largest else min(one)) for one in sizes])
+
+    def _allocation(self, chosen: Sequence[int]) -> Allocation:
+        pairs = list(zip(self.costs, chosen, strict=True))
+        size = sum(stage_bytes(stage.shape, stage.settings[place]) for stage, place in pairs)
+        return Allocation(tuple(chosen), size, sum(stage.kl[place] for stage, place in pairs))
+
+    def _choice(self, found: Allocation) -> Choice:
+        settings = [stage.settings[place] for stage, place in zip(self.costs, found.chosen, strict=True)]
+        rules = rules_for([stage.shape for stage in self.costs], settings, self.config, self.source.layout.blocks)
+        config = QuantizeConfig.from_dict({**self.config.model_dump(), "dynamic": {**self.config.dynamic, **rules}})
+        return Choice(config, self._point(found, config), found.chosen)
+
+    def _point(self, found: Allocation, config: QuantizeConfig | None = None) -> Point:
+        if config is None:
+            return self._choice(found).point
+        plan, _, _ = plan_tensors(self.source, config)
+        assert sum(spec.nbytes for spec in plan.values()) == self._beside + found.size_bytes
+        labels = [label(stage.settings[place]) for stage, place in zip(self.costs, found.chosen, strict=True)]
+        counts = {label: labels.count(label) for label in sorted(set(labels))}
+        return Point(written_bytes(plan, max_shard_bytes=self.max_shard_bytes), found.cost, counts)
+
+
+def measure(
+    model: str | Path,
+    samples: Sequence[Sample] | None,
+    config: QuantizeConfig,
+    *,
+    sensitivity_tokens: int = SENSITIVITY_TOKENS,
+    max_shard_bytes: int = 4_000_000_000,
+    device: torch.device | str = "cpu",
+    adapter: str | Path | None = None,
+    on_progress: OnProgress = unheard,
+) -> MixedPrecision:
+    """Measure what each stage of a model costs at 4 and 8 bits.
+
+    The model is computed in float32, whatever it is stored in: rounding to bfloat16 costs more than 8 bits do.
+
+    Args:
+        model: folder or hub id of the original.
+        samples: calibration samples; some are kept apart for measuring.
+        config: its bits must be 4; bits and group size are the coarsest setting, and modules that its rules name keep
+            what the rules say.
+        sensitivity_tokens: how many tokens costs are measured on.
+        max_shard_bytes: as for ``quantize_checkpoint``; headers count.
+        device: where blocks are computed.
+        adapter: a LoRA adapter to merge.
+        on_progress: told of each block.
+
+    Raises:
+        UsageError: other bits, or a linear that neither 4 nor 8 bits can hold.
+        BadDataError: fewer than three samples.
+    """
+    if config.bits != 4:
+        raise UsageError(f"mixed precision chooses between 4 and 8 bits, so bits must be left at 4, got {config.bits}")
+    if samples is None or len(samples) < 3:
+        raise BadDataError(
+            f"mixed precision needs at least 3 calibration samples, one of them to check the result on; got "
+            f"{len(samples or [])}"
+        )
+    calibration, check = _split(samples)
+    probes, data = _probes(calibration, sensitivity_tokens)
+    tuned = None if adapter is None else Path(adapter).expanduser()
+    source = StreamedModel(resolve_folder(str(model)), dtype=torch.float32, device=device, adapter=tuned)
+    costs = measure_stages(source, probes, data, lambda shape: settings_of(shape, config), on_progress=on_progress)
+    if not costs:
+        raise UsageError("the rules leave every linear layer alone, so there is nothing to choose; remove some")
+    return MixedPrecision(source, config, costs, calibration, check, max_shard_bytes, tuned)
+
+
+def choose(
+    model: str | Path,
+    samples: Sequence[Sample] | None,
+    config: QuantizeConfig | None = None,
+    *,
+    target_bytes: int | None = None,
+    max_kl: float | None = None,
+    **options: Any,
+) -> QuantizeConfig:
+    """A config whose rules give each linear 4 or 8 bits, so that the files stay within a size or a predicted KL.
+
+    Args:
+        model: folder or hub id of the original.
+        samples: calibration samples.
+        config: everything else; None: the defaults.
+        target_bytes: size of all weight files to stay under, within 2 % where possible.
+        max_kl: predicted KL in nats per token to stay under. Predicted only: ``quantize_mixed`` measures.
+        **options: of ``measure``.
+
+    Raises:
+        UsageError: not exactly one target, or one that cannot be met; the message says what can.
+    """
+    if (target_bytes is None) == (max_kl is None):
+        raise UsageError("give either target_bytes or max_kl")
+    mixed = measure(model, samples, config or QuantizeConfig(), **options)
+    return mixed.choose(target_bytes=target_bytes, max_kl=max_kl).config
+
+
+def _split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Calibration samples, and windows of those that are kept apart: every eighth, or fewer if they are long."""
+    windows = -(-CHECK_TOKENS // _WINDOW)
+    per_sample = max(1, max(len(sample.input_ids) for sample in samples) // _WINDOW)
+    count = max(1, min(len(samples) // _CHECK_SHARE, -(-windows // per_sample)))
+    kept = {round((place + 0.5) * len(samples) / count - 0.5) for place in range(count)}
+    cut = [window for place in sorted(kept) for window in _windows(samples[place])]
+    return [sample for place, sample in enumerate(samples) if place not in kept], cut[:windows]
+
+
+def _probes(samples: Sequence[Sample], tokens: int) -> tuple[list[Sample], list[Sample]]:
+    """Windows to measure costs on, from samples spread over all, and the other samples, if half of them are left."""
+    count = max(1, min(len(samples), -(-tokens // _WINDOW)))
+    picked = sorted({round((place + 0.5) * len(samples) / count - 0.5) for place in range(count)})
+    probes = [_windows(samples[place])[0] for place in picked]
+    others = [sample for place, sample in enumerate(samples) if place not in set(picked)]
+    others = others if len(others) >= len(samples) / 2 else list(samples)
+    longest = max(len(sample.input_ids) for sample in others)
+    count = max(1, min(len(others), _DATA_TOKENS // longest))
+    return probes, [others[place * len(others) // count] for place in range(count)]
+
+
+def _windows(sample: Sample) -> list[Sample]:
+    """A sample in pieces of at most 256 tokens, leaving out those without a token that counts."""
+    pieces = [
+        Sample(ids, mask)
+        for ids, mask in zip(sample.input_ids.split(_WINDOW), sample.mask.split(_WINDOW), strict=True)
+        if bool(mask.any()) and len(ids) > 1
+    ]
+    return pieces or [sample]
+
+
+def _entry(point: Point) -> dict[str, Any]:
+    return {"size_bytes": point.size_bytes, "predicted_kl": point.predicted_kl, "stages": dict(point.stages)}
+
+
+def _mix(point: Point) -> str:
+    """What a point consists of, in words."""
+    return ", ".join(f"{count} stages {label}" for label, count in point.stages.items())
+
+
+def _said(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.3f} {name}"
+    return f"{size} bytes"
