@@ -48,6 +48,12 @@ class Stream:
         mask = self.masks[index]
         return flat if mask is None else flat[mask.to(flat.device)]
 
+    def spread(self, tokens: int) -> list[int]:
+        """Samples, evenly spaced, that hold about so many tokens; at least one."""
+        lengths = [hidden.shape[1] for hidden in self.hidden]
+        wanted = max(1, min(len(lengths), round(tokens * len(lengths) / max(1, sum(lengths)))))
+        return [n * len(lengths) // wanted for n in range(wanted)]
+
 
 class _Stop(Exception):
     """Raised inside a forward pass once what was wanted has been seen."""

@@ -104,6 +104,20 @@ class QuantizeConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _method_can_be_carried_out(self) -> Self:
+        if not self.true_sequential and self.recipe.needs_exact_stream:
+            raise ValueError(
+                f'method "{self.method}" compares with the original stage by stage, which needs true_sequential; '
+                "leave it on, or choose a method without qep, gptaq, residual and tune"
+            )
+        if self.static_groups and self.clip == "loop":
+            raise ValueError(
+                "clip loop fits each group to what earlier groups left of it, and static_groups fits all beforehand; "
+                "use clip hessian, or leave static_groups out"
+            )
+        return self
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Build from a dict of options. Raises UsageError that lists every wrong field in one line."""

@@ -10,6 +10,7 @@ from qquant.methods import Order
 
 _PANEL = 256  # rows that are gathered at a time
 _LEAF = 256  # side of the triangles that are inverted by substitution
+_CORNER = 128  # side of what is factorized at once: MKL's result depends on the number of threads from 192 on
 _ESCALATIONS = 3  # damping is raised tenfold at most this often
 _PIVOT_DAMP = 0.01  # share of the mean diagonal under which pivots are not told apart
 
@@ -78,7 +79,7 @@ def smallest_pivot_last(hessian: Tensor) -> Tensor:
         chosen = int(left.masked_fill(gone, torch.inf).argmin())
         order[columns - 1 - step] = chosen
         gone[chosen] = True
-        row = hessian[chosen].double()
+        row = hessian[chosen].to(torch.float64, copy=True)
         row[chosen] += damp
         row -= rows[:step, chosen] @ rows[:step]
         row /= left[chosen].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
@@ -111,7 +112,6 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
     live = hessian.diagonal()[~dead]
     mean = live.mean() if live.numel() else hessian.new_ones(())
     diagonal = torch.where(dead, mean, hessian.diagonal())
-    info = torch.empty((), dtype=torch.int32, device=hessian.device)
     for escalation in range(_ESCALATIONS + 1):
         damp = damp_percent * 10**escalation
         lower = torch.empty_like(hessian)
@@ -119,8 +119,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
             rows = hessian.index_select(0, backwards[start : start + _PANEL])
             torch.index_select(rows, 1, backwards, out=lower[start : start + _PANEL])
         lower.diagonal().copy_((diagonal + damp * mean)[backwards])
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+        if _factorize(lower):
             _invert_lower(lower)
             return lower, damp, escalation
     raise NumericError(
@@ -144,6 +143,27 @@ def times_inverse(matrix: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
     found = torch.empty_like(matrix)
     found[:, backwards] = matrix[:, backwards] @ inverse.T @ inverse
     return found
+
+
+def _factorize(matrix: Tensor) -> bool:
+    """Replace a matrix by its lower Cholesky factor; False, and no sound content, if it is not positive definite.
+
+    By blocks of columns: LAPACK's result for a whole matrix changes with the number of threads, products do not.
+    """
+    size = matrix.shape[0]
+    for start in range(0, size, _CORNER):
+        end = min(start + _CORNER, size)
+        corner, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
+        if int(info) or not bool(torch.isfinite(corner.diagonal()).all()):
+            return False
+        matrix[start:end, start:end] = corner
+        below = matrix[end:, start:end]
+        below.copy_(torch.linalg.solve_triangular(corner.T, below, upper=True, left=False))
+        for first in range(end, size, _PANEL):  # only blocks on and below the diagonal
+            panel = matrix[first : first + _PANEL, start:end]
+            matrix[first:, first : first + _PANEL].addmm_(matrix[first:, start:end], panel.T, alpha=-1)
+    matrix.tril_()
+    return True
 
 
 def _invert_lower(matrix: Tensor) -> None:

@@ -48,13 +48,17 @@ def quantize_command(
     seq_len: Annotated[int, typer.Option("--seq-len", "--max_len", help="Tokens per sample, at most.")] = 2048,
     n_samples: Annotated[int, typer.Option("--n-samples", help="Calibration samples.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, no data.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="best; fast: plain GPTQ; rtn: round to nearest, no data; or parts, as qep+pivot+refine.")
+    ] = "gptq",
     desc_act: Annotated[bool, typer.Option("--desc-act", help="Act-order; readers then need g_idx.")] = False,
     static_groups: Annotated[bool, typer.Option("--static-groups", help="Fit grids first; no g_idx.")] = False,
     group_aware: Annotated[
         bool | None, typer.Option("--group-aware/--left-to-right", help="Order of groups; on unless another order is.")
     ] = None,
-    clip_search: Annotated[str, typer.Option(help="off, weight or hessian.")] = "weight",
+    clip_search: Annotated[
+        str | None, typer.Option(help="off, weight, hessian or loop; default: the method's.")
+    ] = None,
     damp_percent: Annotated[float, typer.Option(help="Damping, share of the mean diagonal.")] = 0.01,
     true_sequential: Annotated[bool, typer.Option("--true-sequential/--one-pass", help="Stage by stage.")] = True,
     packing: Annotated[str, typer.Option(help="auto, pack or truncate.")] = "auto",
@@ -204,8 +208,10 @@ def _target(size: str | None, max_kl: float | None) -> dict[str, Any]:
     return {} if max_kl is None else {"max_kl": max_kl}
 
 
-def _show_choice(mixed: MixedPrecision, choice: Choice) -> None:
-    """The frontier on stderr, with the choice in its place."""
+def _show_choice(mixed: MixedPrecision, choice: Choice, before: float | None = None) -> None:
+    """The frontier on stderr, with the choice in its place; ``before``: KL measured of an earlier choice."""
+    if before is not None:
+        typer.echo(f"measured KL {before:.2e} of that, so another is chosen", err=True)
     points = [other.point for other in mixed.frontier()]
     points = sorted({point.size_bytes: point for point in (*points, choice.point)}.values(), key=lambda p: p.size_bytes)
     typer.echo("     weight files  predicted KL  stages", err=True)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from qquant.capture import BlockSource, Stream, first_output, head
-from qquant.errors import NumericError
+from qquant.errors import NumericError, UsageError
 from qquant.models.layouts import block_list, linears
 from qquant.refinement import block_side
 
-TOKENS = 8192
-"""Tokens that gradients are taken of. Measured: four times as many change KL by less than 2 %."""
+TOKENS = 16384
+"""Tokens that gradients are taken of. Measured: half as many cost 3 % of KL, twice as many gain 1 %."""
 
 _HEAD_TOKENS = 256  # tokens whose logits are in memory at a time
 
@@ -50,9 +50,11 @@ def output_moments(
         side that ``refinement.block_side`` gives; g is taken of the sum over tokens.
 
     Raises:
-        NumericError: a gradient is not finite.
+        UsageError: called under ``torch.inference_mode``, or with a model that was loaded under it.
+        NumericError: a logit or a gradient is not finite.
     """
-    chosen = _spread(stream, tokens)
+    _refuse_inference_mode(source.model)
+    chosen = stream.spread(tokens)
     count = len(block_list(source.model, source.layout))
     hidden: list[list[Tensor]] = [[stream.hidden[i].clone() for i in chosen]]
     with torch.no_grad():
@@ -84,6 +86,14 @@ def output_moments(
     return found
 
 
+def _refuse_inference_mode(model: nn.Module) -> None:
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise UsageError(
+            "weighing outputs takes gradients, which torch.inference_mode() forbids for whatever is made under it; "
+            "load the model and quantize it outside (torch.no_grad() is fine), or leave `output` out of the method"
+        )
+
+
 class _Blocks:
     """The sum of g g^T of one linear, in blocks along the diagonal."""
 
@@ -100,13 +110,6 @@ class _Blocks:
         self.sum.baddbmm_(parts.transpose(1, 2), parts)
 
 
-def _spread(stream: Stream, tokens: int) -> list[int]:
-    """Samples, evenly spaced, that hold about so many tokens."""
-    lengths = [hidden.shape[1] for hidden in stream.hidden]
-    wanted = max(1, min(len(lengths), round(tokens * len(lengths) / max(1, sum(lengths)))))
-    return [n * len(lengths) // wanted for n in range(wanted)]
-
-
 def _head_slope(
     source: BlockSource, hidden: Tensor, mask: Tensor | None, device: torch.device | str, generator: torch.Generator
 ) -> Tensor:
@@ -116,6 +119,8 @@ def _head_slope(
         piece = hidden[:, start : start + _HEAD_TOKENS].detach().requires_grad_()
         with torch.enable_grad():
             scores = head(source, piece, device)[0].float().log_softmax(-1)
+            if not bool(torch.isfinite(scores.detach()).all()):
+                raise NumericError("logits must be finite, got NaN or Inf of a calibration sample; compute in float32")
             labels = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
             chosen = scores.gather(1, labels)[:, 0]
             if mask is not None:

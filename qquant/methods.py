@@ -38,6 +38,10 @@ class Recipe:
     """Whether those passes weight a linear's outputs by how much the model's predictions feel them."""
     tune: int = 0
     """Gradient steps on a block's scales against its full-precision output."""
+    scaling: bool = False
+    """Whether strong input channels are scaled down and the weights that read them up, folded into weights."""
+    rotation: bool = False
+    """Whether each head's values are turned by an orthogonal matrix, folded into weights."""
 
     @property
     def needs_data(self) -> bool:
@@ -49,10 +53,15 @@ class Recipe:
         """Whether the original model runs beside the quantized one."""
         return self.base in ("gptaq", "qep") or self.residual > 0 or self.tune > 0
 
+    @property
+    def folds(self) -> bool:
+        """Whether a block's channels are changed before it is quantized."""
+        return self.scaling or self.rotation
+
 
 _PRESETS = {
     "fast": "gptq+left-to-right+clip-off",
-    "best": "qep:0.9+residual+gar+clip-hessian+signed+output+refine:3",
+    "best": "qep+residual:0.5+gar+clip-weight+signed+output+refine:2",
 }
 _PARTS: dict[str, tuple[str, object]] = {
     "rtn": ("base", "rtn"),
@@ -71,6 +80,8 @@ _PARTS: dict[str, tuple[str, object]] = {
     "refine": ("refine", 2),
     "output": ("output", True),
     "tune": ("tune", 30),
+    "awq": ("scaling", True),
+    "rotate": ("rotation", True),
 }
 _SHARES = {"gptaq": "strength", "qep": "strength", "residual": "residual"}
 _COUNTS = {"refine": "refine", "tune": "tune"}

@@ -83,10 +83,12 @@ def quantize_checkpoint(
         write_manifest,
     )
     from qquant.config import QuantizeLog
+    from qquant.folding import foldable
     from qquant.gradients import output_moments
     from qquant.linear import QuantLinear
+    from qquant.models.layouts import block_list
     from qquant.publish import published
-    from qquant.shards import ShardWriter
+    from qquant.shards import DTYPES, ShardWriter
     from qquant.side_files import collect
     from qquant.sources import StreamedModel, resolve_folder
     from qquant.walk import Walk
@@ -103,9 +105,16 @@ def quantize_checkpoint(
     plan, quantized, skipped = plan_tensors(source, config)
     with published(target, QUANTIZED_FOLDER, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, plan, max_shard_bytes=max_shard_bytes)
+        blocks = len(block_list(source.model, source.layout))
+        late = foldable(source.layout, blocks) if config.recipe.folds else set()
+        unchanged = {name for name in plan if name in source.reader.entries}
         for name in plan:
-            if name in source.reader.entries:
+            if name in unchanged - late:
                 writer.write_chunks(name, source.finite_chunks(name))
+
+        def keep(name: str, tensor: torch.Tensor) -> None:
+            unchanged.discard(name)
+            writer.write(name, tensor)
 
         def write(name: str, layer: nn.Linear, solution: Solution, settings: QuantizeConfig) -> None:
             packed = QuantLinear.from_codes(*solution.packable(), bits=settings.bits, group_size=settings.group_size)
@@ -116,8 +125,12 @@ def quantize_checkpoint(
         stream = capture(source, chosen, device)
         outputs = output_moments(source, stream, device) if config.recipe.output else {}
         source.release_outside()
-        walk = Walk(source, config, write, on_module or (lambda record: None), outputs)
+        stored = {name: DTYPES[spec.dtype] for name, spec in plan.items()}
+        walk = Walk(source, config, write, on_module or (lambda record: None), outputs, keep, stored.get)
         walk.run(stream)
+        for name in plan:
+            if name in unchanged & late:
+                writer.write_chunks(name, source.finite_chunks(name))
         writer.close()
         beside.write(staging, quantization_keys(config, quantized, skipped))
 
@@ -144,7 +157,7 @@ def quantize_mixed(
     max_kl: float | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    on_choice: Callable[[Choice], None] = lambda choice: None,
+    on_choice: Callable[[Choice, float | None], None] = lambda choice, before: None,
     on_module: Callable[[ModuleRecord], None] | None = None,
 ) -> tuple[QuantizeLog, float]:
     """Quantize a model that has been measured so that its files stay within a size, or its divergence under a limit.
@@ -160,7 +173,7 @@ def quantize_mixed(
         max_kl: measured mean KL in nats per token to stay under.
         dtype: as in ``quantize_checkpoint``; device, adapter and size of shards are those of ``measure``.
         overwrite: as in ``quantize_checkpoint``.
-        on_choice: called with what is about to be quantized.
+        on_choice: called with what is about to be quantized, and the KL measured of what was chosen before, if any.
         on_module: as in ``quantize_checkpoint``.
 
     Returns:
@@ -179,7 +192,7 @@ def quantize_mixed(
     measured, correction = math.nan, MARGIN
     for number in range(_MOST_RUNS):
         choice = mixed.choose(target_bytes=target_bytes, max_kl=max_kl, correction=correction)
-        on_choice(choice)
+        on_choice(choice, measured if number else None)
 
         def check(folder: Path, choice: Choice = choice, first: bool = number == 0) -> None:
             nonlocal measured, correction

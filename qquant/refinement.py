@@ -9,25 +9,31 @@ Sources: GPTQ's objective, arXiv:2210.17323; both sides of the Kronecker-factore
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from qquant import _native
-from qquant.errors import UsageError
+from qquant.descent_torch import descend as descend_block
+from qquant.descent_torch import round_rows
+from qquant.factor import factor_rows, inverse_factor
+from qquant.telling import say_once
 
 OUTPUT_DAMP = 0.05
 """Share of O's mean diagonal added to it: it is a sample's estimate, and its small directions are not to be trusted."""
 
 _BLOCK = 128  # columns whose moves are applied to the ones behind them by one product
-_SIDE = 128  # outputs that are weighted together
+_SIDE = 256  # outputs that are weighted together
+_TINY = 1e-6  # damping for a matrix that is damped already: only against a column without any gradient
 _CONJUGATE_STEPS = 8
 _SCALE_RANGE = (0.5, 2.0)  # a refitted scale outside this multiple of the old one is not taken
 
 
 def block_side(outputs: int) -> int:
-    """Rows per block of O for a linear with so many outputs: the largest divisor up to 128.
+    """Rows per block of O for a linear with so many outputs: the largest divisor up to 256.
 
-    Measured: blocks of 128 keep nearly all of what the whole matrix gains, at a small part of its memory and time.
+    Measured: blocks of 256 keep nearly all of what the whole matrix gains, at a small part of its memory and time.
     """
     return next(side for side in range(min(_SIDE, outputs), 0, -1) if outputs % side == 0)
 
@@ -37,6 +43,44 @@ def damped(matrix: Tensor, share: float) -> Tensor:
     result = matrix.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(share * matrix.diagonal(dim1=-2, dim2=-1).mean())
     return result
+
+
+class RowRounder:
+    """Rounds a column of weights so that later outputs of a block make up for what earlier ones leave.
+
+    Where errors cost ``trace(O E H E^T)``, the columns behind one need to know of its error exactly what they need in
+    GPTQ; inside the column, outputs are to be rounded one by one with O's own feedback, most important first.
+
+    Args:
+        outputs: [blocks, side, side], O's diagonal blocks, already damped.
+        dtype: of the weights that will come.
+    """
+
+    def __init__(self, outputs: Tensor, dtype: torch.dtype) -> None:
+        """Factorize the blocks."""
+        self._native = _compiled()
+        blocks, self._side, _ = outputs.shape
+        order = outputs.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True).cpu()
+        factor = torch.empty(outputs.shape, dtype=dtype)
+        nothing = torch.zeros(self._side, dtype=torch.bool)
+        for block in range(blocks):
+            inverse, _, _ = inverse_factor(outputs[block].double().cpu(), order[block], nothing, _TINY)
+            factor[block] = factor_rows(inverse, 0, self._side)
+        self._factor, self._dtype = factor, dtype
+        self._order = order.contiguous()
+
+    def round(self, weights: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+        """Codes [out] uint8 for one column of weights [out] on its group's grid [out], [out]."""
+        column, steps, middles = (part.cpu().contiguous() for part in (weights, scale, zero))
+        if self._native is None:
+            return round_rows(column, steps, middles, self._factor, self._order, 2**bits - 1).to(weights.device)
+        run = self._native.round_rows_double if self._dtype == torch.float64 else self._native.round_rows_float
+        codes = torch.empty(column.shape[0], dtype=torch.uint8)
+        run(
+            column.data_ptr(), codes.data_ptr(), steps.data_ptr(), middles.data_ptr(), self._factor.data_ptr(),
+            self._order.data_ptr(), column.shape[0], self._side, 2**bits - 1,
+        )  # fmt: skip
+        return codes.to(weights.device)
 
 
 def refine(
@@ -66,9 +110,6 @@ def refine(
 
     Returns:
         codes [out, in] uint8, scales [out, groups] as given or refitted, exactly representable in float16.
-
-    Raises:
-        UsageError: the compiled module that moves codes is not built.
     """
     dtype = hessian.dtype
     codes, zeros = codes.clone(), zeros.to(dtype)
@@ -178,16 +219,8 @@ def descend(
 
     Returns:
         How many codes moved.
-
-    Raises:
-        UsageError: the compiled module is not built.
     """
-    native = _native.descent()
-    if native is None:
-        raise UsageError(
-            "refinement moves codes one by one and needs the compiled module qquant._descent, which is not here; "
-            f"build it ({_native.REBUILD}), or leave `refine` and `output` out of the method"
-        )
+    native = _compiled()
     dtype, device = hessian.dtype, hessian.device
     rows, groups = scales.shape
     size = target.shape[1] // groups
@@ -196,7 +229,6 @@ def descend(
     columns = codes.T.contiguous().cpu()
     steps = scales.T.contiguous().cpu()
     metric, side = (None, _SIDE) if outputs is None else (outputs.cpu().contiguous(), outputs.shape[1])
-    run = native.descend_double if dtype == torch.float64 else native.descend_float
     moved = 0
     for start in range(0, target.shape[1], block_size):
         end = min(start + block_size, target.shape[1])
@@ -206,11 +238,26 @@ def descend(
         pulls, moves = pulls.contiguous().cpu(), torch.zeros(end - start, rows, dtype=dtype)
         corner = hessian[start:end, start:end].cpu().contiguous()
         of_column = (torch.arange(start, end) // size).contiguous()
-        moved += run(
-            pulls.data_ptr(), moves.data_ptr(), 0 if metric is None else metric.data_ptr(), corner.data_ptr(),
-            columns[start:end].data_ptr(), steps.data_ptr(), of_column.data_ptr(),
-            end - start, rows, side, 2**bits - 1, torch.get_num_threads(),
-        )  # fmt: skip
+        if native is None:
+            moved += descend_block(pulls, moves, metric, corner, columns[start:end], steps, of_column, 2**bits - 1)
+        else:
+            run = native.descend_double if dtype == torch.float64 else native.descend_float
+            moved += run(
+                pulls.data_ptr(), moves.data_ptr(), 0 if metric is None else metric.data_ptr(), corner.data_ptr(),
+                columns[start:end].data_ptr(), steps.data_ptr(), of_column.data_ptr(),
+                end - start, rows, side, 2**bits - 1, torch.get_num_threads(),
+            )  # fmt: skip
         error[start:end] += moves.to(device)
     codes.copy_(columns.T)
     return moved
+
+
+def _compiled() -> ModuleType | None:
+    """The compiled loops, or None, said once: torch then takes the same steps, many times slower."""
+    native = _native.descent()
+    if native is None:
+        say_once(
+            "the compiled module qquant._descent is not here: refinement and output-aware rounding take the same steps "
+            f"in torch, many times slower; build it: {_native.REBUILD}",
+        )
+    return native

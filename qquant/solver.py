@@ -6,7 +6,8 @@ Moments are moments.py's, orders and factors factor.py's, grids affine.py's, the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from qquant.errors import NumericError, UsageError
 from qquant.factor import column_order, factor_rows, inverse_factor, times_inverse
 from qquant.moments import Moments
 from qquant.packing import in_order
-from qquant.refinement import OUTPUT_DAMP, damped, refine
+from qquant.refinement import OUTPUT_DAMP, RowRounder, damped, refine
 
 _ERROR_ROWS = 64  # rows that the reported error is measured on
 
@@ -53,6 +54,15 @@ class Solution:
             return codes.sub_(self.zeros[:, :, None]).mul_(self.scales[:, :, None]).reshape(rows, columns)
         groups = self.g_idx.long()
         return dequantize(self.codes.to(torch.float32), self.scales[:, groups], self.zeros[:, groups])
+
+    def split(self, heights: Sequence[int]) -> list[Solution]:
+        """The solutions of the linears whose rows, so many of each, were solved as one tall matrix."""
+        parts = zip(*(tall.split(list(heights)) for tall in (self.codes, self.scales, self.zeros)), strict=True)
+        targets = [None] * len(heights) if self.target is None else self.target.split(list(heights))
+        return [
+            replace(self, codes=codes, scales=scales, zeros=zeros, target=target)
+            for (codes, scales, zeros), target in zip(parts, targets, strict=True)
+        ]
 
 
 def solve(
@@ -106,14 +116,20 @@ def solve(
     inverse, damp_percent, escalations = inverse_factor(hessian, order, dead, config.damp_percent)
     target = corrected_target(weight.to(hessian.dtype), known, config, inverse, order)
     feedback = mismatch_feedback(known.mismatch, inverse, order, recipe.strength) if recipe.base == "gptaq" else None
+    outputs = None
+    if recipe.output and known.outputs is not None:
+        outputs = damped(known.outputs.to(hessian.dtype), OUTPUT_DAMP)
+    rounder = None if outputs is None else RowRounder(outputs, hessian.dtype)
     codes, scales, zeros = _quantize_columns(
-        target, hessian, inverse, order, group_of, config, size, block_size, feedback
+        target, hessian, inverse, order, group_of, config, size, block_size, feedback, rounder
     )
-    del inverse, feedback
+    del inverse, feedback, rounder
     g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)
     g_idx[order] = group_of.to(torch.int32)
     if recipe.refine:
-        codes, scales = _refined(target, codes, scales, zeros, g_idx, known, config, dead, damp_percent)
+        codes, scales = _refined(
+            target, codes, scales, zeros, g_idx, hessian, outputs, config, dead, damp_percent
+        )
     corrected = target if recipe.base == "qep" or recipe.residual else None
     return Solution(codes, scales, zeros, g_idx, damp_percent, escalations, int(dead.sum()), corrected)
 
@@ -229,6 +245,7 @@ def _quantize_columns(
     size: int,
     block_size: int,
     feedback: Tensor | None,
+    rounder: RowRounder | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The column loop: returns codes [out, in] in original places, scales and zeros [out, groups] float32."""
     rows, columns = weight.shape
@@ -256,7 +273,10 @@ def _quantize_columns(
                 corner = factor_rows(inverse, position, position + size)[:, :size] if config.clip == "loop" else None
                 grids[groups[position]] = _fit(live, hessian, order[position : position + size], config, corner)
             scale, zero = grids[groups[position]]
-            code = torch.div(block[j], scale).round_().add_(zero).clamp_(0, top)
+            if rounder is None:
+                code = torch.div(block[j], scale).round_().add_(zero).clamp_(0, top)
+            else:
+                code = rounder.round(block[j], scale, zero, config.bits).to(block.dtype)
             codes[places[position]] = code
             # e = (w - w_hat) / U_jj
             error = code.sub_(zero).mul_(scale).sub_(block[j]).mul_(-inverse_pivots[position])
@@ -280,7 +300,8 @@ def _refined(
     scales: Tensor,
     zeros: Tensor,
     g_idx: Tensor,
-    moments: Moments,
+    hessian: Tensor,
+    outputs: Tensor | None,
     config: QuantizeConfig,
     dead: Tensor,
     damp_percent: float,
@@ -288,19 +309,16 @@ def _refined(
     """Codes [out, in] in original places and scales after the refinement passes."""
     # Columns of a group side by side, whatever order had grouped them.
     places = torch.argsort(g_idx, stable=True)
-    hessian = moments.inputs[places][:, places]
-    mean = moments.inputs.diagonal()[~dead].mean() if not bool(dead.all()) else hessian.new_ones(())
+    mean = hessian.diagonal()[~dead].mean() if not bool(dead.all()) else hessian.new_ones(())
+    grouped = hessian[places][:, places]
     # Columns without input have no error to lose: nothing in refine moves where the diagonal is 0.
-    hessian.diagonal().add_(torch.where(dead[places], 0, damp_percent * mean))
-    outputs = None
-    if config.recipe.output and moments.outputs is not None:
-        outputs = damped(moments.outputs.to(hessian.dtype), OUTPUT_DAMP)
+    grouped.diagonal().add_(torch.where(dead[places], 0, damp_percent * mean))
     found, scales = refine(
         target[:, places],
         codes[:, places],
         scales,
         zeros,
-        hessian=hessian,
+        hessian=grouped,
         outputs=outputs,
         bits=config.bits,
         passes=config.recipe.refine,

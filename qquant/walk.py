@@ -7,7 +7,7 @@ brings a block in and takes it away again. Mathematics is in solver.py, files ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from qquant.capture import BlockSource, Stream, discover_stages, first_output, input_of
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import NumericError, QquantError
+from qquant.folding import TOKENS as SCALING_TOKENS
+from qquant.folding import Passing, fold_block
 from qquant.heap import return_unused_memory
 from qquant.models.layouts import Unit, block_list, linears
 from qquant.moments import CrossMoment, Hessian, Moments
+from qquant.refinement import OUTPUT_DAMP, damped
 from qquant.solver import Solution, relative_error, solve
+from qquant.tuning import Lesson, tuned_scales
 
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
 # otherwise the unit is run again. Either way the numbers are the same.
@@ -30,7 +34,16 @@ _KEPT_TAIL_BYTES = 256 * 2**20
 
 
 Emit = Callable[[str, nn.Linear, Solution, QuantizeConfig], None]
-"""Receives each solved linear: full name, the layer with its original weight, the solution, its settings."""
+"""Receives each solved linear: full name, the layer, the solution, its settings. The layer's bias is the final one."""
+
+Keep = Callable[[str, Tensor], None]
+"""Receives each tensor that a fold changed and that is no quantized weight: full name, as it is to be stored."""
+
+Exact = list[Tensor] | None
+"""The samples as the original model has them, where the method asks for that."""
+
+Calls = list[dict[str, Any]]
+"""Per sample: the keyword arguments of a block."""
 
 Run = Callable[[Tensor, int], Any]
 """(hidden states [1, T, hidden], sample) -> what a unit or a block makes of them."""
@@ -63,6 +76,8 @@ class Walk:
         emit: receives each solution.
         on_module: called with each record as it is made, for progress.
         outputs: full name of a linear -> how much predictions feel its outputs, from ``gradients.output_moments``.
+        keep: receives what a fold changes.
+        stored_dtype: full name of a tensor -> the dtype in which it will be stored; None: that of the block.
     """
 
     source: BlockSource
@@ -70,10 +85,14 @@ class Walk:
     emit: Emit
     on_module: Callable[[ModuleRecord], None] = lambda record: None
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    keep: Keep = lambda name, tensor: None
+    stored_dtype: Callable[[str], torch.dtype | None] = lambda name: None
     records: list[ModuleRecord] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     _originals: dict[nn.Linear, Tensor] = field(default_factory=dict)
     """Of the current unit's linears that are quantized already: their original weights, where these are needed."""
+    _solved: list[tuple[str, nn.Linear, Solution, QuantizeConfig]] = field(default_factory=list)
+    """Of the current block, where it is tuned when all its linears are solved."""
 
     @torch.no_grad()
     def run(self, stream: Stream) -> None:
@@ -91,6 +110,8 @@ class Walk:
             prefix = f"{self.source.layout.blocks}.{index}"
             calls = [calls[index] for calls in stream.calls]
             units = self.source.layout.units
+            self._fold(block, prefix, stream, exact, calls)
+            entering = list(stream.hidden) if self.config.recipe.tune else []
             if not self.config.needs_data:
                 for name in linears(block):
                     self._solve(block, prefix, [name], None)
@@ -101,19 +122,51 @@ class Walk:
             else:
                 for unit in units:
                     self._unit(block, prefix, unit, stream, exact, calls)
+            if exact is not None and self.config.recipe.tune:
+                self._tune(block, prefix, entering, stream, exact, calls)
             _check_finite(stream, prefix)
             self.source.release(index)
             return_unused_memory()
 
-    def _unit(
+    def _fold(self, block: nn.Module, prefix: str, stream: Stream, exact: Exact, calls: Calls) -> None:
+        """Rescale or turn channels before anything is gathered; from here on this is the original block."""
+        if self.config.recipe.folds:
+            hidden = stream.hidden if exact is None else exact
+            samples = [Passing(hidden[i], calls[i], stream.masks[i]) for i in stream.spread(SCALING_TOKENS)]
+            changed = fold_block(
+                block, self.source.layout, prefix, self.config, samples, self.outputs, self.stored_dtype
+            )
+            for name, tensor in changed.items():
+                self.keep(name, tensor)
+
+    def _tune(
         self,
         block: nn.Module,
         prefix: str,
-        unit: Unit,
+        entering: list[Tensor],
         stream: Stream,
-        exact: list[Tensor] | None,
-        calls: list[dict[str, Any]],
+        exact: list[Tensor],
+        calls: Calls,
     ) -> None:
+        """Train the scales of a block whose linears are all solved, and hand the solutions on."""
+        # What the last unit adds to the residual stream is felt as the stream behind it is.
+        units = self.source.layout.units
+        felt = None if units is None else self.outputs.get(f"{prefix}.{units[-1].tail}")
+        felt = None if felt is None else damped(felt, OUTPUT_DAMP)
+        lessons = [Lesson(*parts, felt) for parts in zip(entering, calls, exact, stream.masks, strict=True)]
+        solved = {name.removeprefix(f"{prefix}."): solution for name, _, solution, _ in self._solved}
+        found = tuned_scales(block, solved, lessons, self.config.recipe.tune) if solved else None
+        for name, layer, solution, config in self._solved:
+            if found is not None:
+                solution = replace(solution, scales=found[name.removeprefix(f"{prefix}.")])
+                _put(layer, solution)
+            self.emit(name, layer, solution, config)
+        self._solved.clear()
+        if found is not None:
+            for i, hidden in enumerate(entering):
+                stream.hidden[i] = first_output(block(hidden, **calls[i]))
+
+    def _unit(self, block: nn.Module, prefix: str, unit: Unit, stream: Stream, exact: Exact, calls: Calls) -> None:
         """Quantize one residual unit stage by stage and add its output to the stream."""
         norm, module = block.get_submodule(unit.norm), block.get_submodule(unit.module)
         tail = block.get_submodule(unit.tail)
@@ -137,14 +190,7 @@ class Walk:
             self._advance(exact, lambda hidden, i: hidden + first_output(run(hidden, i)))
         self._originals.clear()
 
-    def _whole_block(
-        self,
-        block: nn.Module,
-        prefix: str,
-        stream: Stream,
-        exact: list[Tensor] | None,
-        calls: list[dict[str, Any]],
-    ) -> None:
+    def _whole_block(self, block: nn.Module, prefix: str, stream: Stream, exact: Exact, calls: Calls) -> None:
         """Quantize a block that is only known by its structure: run it whole for every set of linears."""
 
         def run(hidden: Tensor, i: int) -> Tensor:
@@ -162,7 +208,7 @@ class Walk:
         self._advance(exact, run)
         self._originals.clear()
 
-    def _advance(self, exact: list[Tensor] | None, run: Run) -> None:
+    def _advance(self, exact: Exact, run: Run) -> None:
         """Bring the original's samples behind what was just quantized."""
         if exact is not None:
             with self._original_weights():
@@ -188,7 +234,7 @@ class Walk:
         stage: list[str],
         run: Run,
         stream: Stream,
-        exact: list[Tensor] | None,
+        exact: Exact,
         *,
         tail: bool,
     ) -> list[Tensor] | None:
@@ -283,7 +329,9 @@ class Walk:
             del weight
             seconds = (time.perf_counter() - began) / len(together)
             hessian = None if shared is None else shared.inputs
-            for name, layer, part in zip(together, layers, _split(solution, layers), strict=True):
+            for name, layer, part in zip(
+                together, layers, solution.split([layer.out_features for layer in layers]), strict=True
+            ):
                 self._install(f"{prefix}.{name}", layer, part, chosen, hessian, seconds)
 
     def _install(
@@ -309,14 +357,22 @@ class Walk:
             dead_columns=solution.dead_columns,
             seconds=seconds,
         )
-        self.emit(name, layer, solution, config)
+        if self.config.recipe.tune:
+            self._solved.append((name, layer, solution, config))
+        else:
+            self.emit(name, layer, solution, config)
         if self.config.recipe.needs_exact_stream:
             self._originals[layer] = layer.weight
-        # Stored as [in, out] and viewed as [out, in]: the memory order in which QuantLinear multiplies, so that what
-        # the next block sees is what a reader of the file computes.
-        layer.weight = nn.Parameter(solution.weight().to(layer.weight.dtype).T.contiguous().T, requires_grad=False)
+        _put(layer, solution)
         self.records.append(record)
         self.on_module(record)
+
+
+def _put(layer: nn.Linear, solution: Solution) -> None:
+    """The weight as a reader of the file computes it."""
+    # Stored as [in, out] and viewed as [out, in]: the memory order in which QuantLinear multiplies, so that what
+    # the next block sees is what a reader of the file computes.
+    layer.weight = nn.Parameter(solution.weight().to(layer.weight.dtype).T.contiguous().T, requires_grad=False)
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:
@@ -328,27 +384,6 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 def _side(outputs: Tensor | None) -> int:
     """Outputs that are weighted together; 0 where none are weighted."""
     return 0 if outputs is None else outputs.shape[1]
-
-
-def _split(solution: Solution, layers: Sequence[nn.Linear]) -> list[Solution]:
-    """Cut a tall solution back into its layers."""
-    heights = [layer.out_features for layer in layers]
-    tall = (solution.codes, solution.scales, solution.zeros)
-    parts = zip(*(tensor.split(heights) for tensor in tall), strict=True)
-    targets = [None] * len(layers) if solution.target is None else solution.target.split(heights)
-    return [
-        Solution(
-            codes=codes,
-            scales=scales,
-            zeros=zeros,
-            g_idx=solution.g_idx,
-            damp_percent=solution.damp_percent,
-            damp_escalations=solution.damp_escalations,
-            dead_columns=solution.dead_columns,
-            target=target,
-        )
-        for (codes, scales, zeros), target in zip(parts, targets, strict=True)
-    ]
 
 
 def _check_finite(stream: Stream, prefix: str) -> None:

@@ -44,6 +44,7 @@ FLOORS = {
     6: {"sources", "capture"},
     5: {"model_kernels", "models.qwen.modeling"},
     4: {
+        "tuning",
         "decoder_step",
         "rounded_head",
         "kv_cache_quant",
@@ -59,7 +60,9 @@ FLOORS = {
         "page.scores",
     },
     3: {
+        "solver",
         "linear",
+        "folding",
         "layer_ops",
         "kv_layer",
         "token_coding",
@@ -81,7 +84,7 @@ FLOORS = {
         "models.qwen.layers",
     },
     2: {
-        "solver",
+        "refinement",
         "packed_weight",
         "shared_input",
         "dense_linear",
@@ -131,8 +134,8 @@ FLOORS = {
         "cache_room",
         "affine",
         "factor",
+        "descent_torch",
         "moments",
-        "refinement",
         "allocation",
         "packing",
         "config",

@@ -65,7 +65,7 @@ def test_a_size_is_met_from_below_within_two_percent_to_the_byte(
 ) -> None:
     target = between(mixed, share)
     seen: list[Choice] = []
-    quantize_mixed(mixed, tmp_path / "q", target_bytes=target, on_choice=seen.append)
+    quantize_mixed(mixed, tmp_path / "q", target_bytes=target, on_choice=lambda choice, before: seen.append(choice))
     assert weight_bytes(tmp_path / "q") == seen[0].point.size_bytes
     assert 0.98 * target <= seen[0].point.size_bytes <= target
 
@@ -202,7 +202,7 @@ def test_the_smallest_files_under_a_limit_are_measured_to_be_under_it(mixed: Mix
     assert four is not None
     limit = four.predicted_kl / 2
     seen: list[Choice] = []
-    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=seen.append)
+    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=lambda choice, before: seen.append(choice))
     assert kl <= limit
     assert seen[0].point.predicted_kl * qquant.mixed_precision.MARGIN <= limit
     assert four.size_bytes < seen[-1].point.size_bytes
@@ -217,9 +217,15 @@ def test_a_limit_that_is_missed_is_tried_again_more_strictly(
     answers = iter([limit * 1.5, limit * 0.9])
     monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: next(answers))
     seen: list[Choice] = []
-    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=seen.append)
+    told: list[float | None] = []
+
+    def on_choice(choice: Choice, before: float | None) -> None:
+        seen.append(choice)
+        told.append(before)
+
+    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=on_choice)
     assert kl == limit * 0.9
-    assert len(seen) == 2
+    assert told == [None, limit * 1.5]
     assert seen[1].point.size_bytes > seen[0].point.size_bytes
     # What was measured tells how much too low predictions are: the next one must stay under the limit by that.
     assert seen[1].point.predicted_kl * (1.5 * limit / seen[0].point.predicted_kl) <= limit
@@ -236,7 +242,7 @@ def test_a_limit_that_is_undercut_by_far_is_met_with_fewer_bytes(
     limit = four.predicted_kl / 4
     seen: list[Choice] = []
     monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: 0.4 * seen[-1].point.predicted_kl)
-    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=seen.append)
+    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=lambda choice, before: seen.append(choice))
     assert len(seen) == 2
     assert seen[1].point.size_bytes < seen[0].point.size_bytes
     assert kl == 0.4 * seen[1].point.predicted_kl <= limit

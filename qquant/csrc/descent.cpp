@@ -1,4 +1,5 @@
-// Coordinate descent over quantized codes: each code goes where trace(O E H E^T) is least while all others stay.
+// Rounding that looks at a linear's outputs: codes of one column chosen one after another, and coordinate descent over
+// finished codes, where each goes where trace(O E H E^T) is least while all others stay.
 //
 // The caller multiplies with whole matrices once per block of columns; inside a block this loop keeps the gradient
 // exact after every move. O is block-diagonal, and blocks of rows never see one another: they are what threads share,
@@ -93,6 +94,24 @@ std::int64_t descend(const Block<T>& block, std::size_t threads) {
   return moved;
 }
 
+// Rounds one column of weights [rows] to codes, one output after another: what the rounding of one leaves is made up for
+// by those of its block that come later, as GPTQ does along the inputs. order [rows]: which row of the block is visited
+// at each step; factor [rows / side][side][side]: V of O^-1 = V^T V, V upper triangular in that order.
+template <typename T>
+void round_rows(const T* weights, std::uint8_t* codes, const T* scales, const T* zeros, const T* factor,
+                const std::int64_t* order, std::size_t side, int top, std::size_t first, T* wanted) {
+  const T* v = factor + first * side;
+  for (std::size_t i = 0; i < side; ++i) wanted[i] = weights[first + std::size_t(order[first + i])];
+  for (std::size_t i = 0; i < side; ++i) {
+    const std::size_t row = first + std::size_t(order[first + i]);
+    const T code = std::nearbyint(wanted[i] / scales[row]) + zeros[row];
+    const T kept = std::min(std::max(code, T(0)), T(top));  // NaN becomes 0
+    codes[row] = std::uint8_t(kept);
+    const T error = (wanted[i] - scales[row] * (kept - zeros[row])) / v[i * side + i];
+    for (std::size_t k = i + 1; k < side; ++k) wanted[k] -= error * v[i * side + k];
+  }
+}
+
 template <typename T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -109,10 +128,22 @@ std::int64_t descend_at(std::uintptr_t pulls, std::uintptr_t moves, std::uintptr
                  threads);
 }
 
+template <typename T>
+void round_rows_at(std::uintptr_t weights, std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros,
+                   std::uintptr_t factor, std::uintptr_t order, std::size_t rows, std::size_t side, int top) {
+  const py::gil_scoped_release release;
+  std::vector<T> wanted(side);
+  for (std::size_t first = 0; first < rows; first += side)
+    round_rows(at<const T>(weights), at<std::uint8_t>(codes), at<const T>(scales), at<const T>(zeros),
+               at<const T>(factor), at<const std::int64_t>(order), side, top, first, wanted.data());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_descent, module) {
   module.doc() = "Coordinate descent over quantized codes.";
+  module.def("round_rows_float", &round_rows_at<float>);
+  module.def("round_rows_double", &round_rows_at<double>);
   module.def("descend_float", &descend_at<float>);
   module.def("descend_double", &descend_at<double>);
 }

@@ -1,0 +1,207 @@
+"""Moments of gradients, gathered block by block, must be those of autograd through the whole model at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import qquant
+from qquant import gradients, refinement
+from qquant.calibrate import Sample, samples_from_ids
+from qquant.capture import Stream, capture
+from qquant.config import QuantizeConfig
+from qquant.errors import NumericError, UsageError
+from qquant.gradients import output_moments
+from qquant.models.layouts import block_list, linears
+from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.sources import LoadedModel, StreamedModel
+from tests.conftest import VOCAB, Factory
+from tests.make_qwen_v1 import make_qwen_v1
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def some_samples(*lengths: int, seed: int = 5) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    return [samples_from_ids(torch.randint(0, VOCAB, (1, n), generator=generator))[0] for n in lengths]
+
+
+def padded(sample: Sample, count: int) -> Sample:
+    """The sample with tokens behind it that do not count."""
+    ids = torch.cat([sample.input_ids, torch.zeros(count, dtype=torch.long)])
+    return Sample(ids, torch.arange(len(ids)) < len(sample.input_ids))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def moments_of(model: Any, samples: list[Sample], **options: Any) -> dict[str, Tensor]:
+    source = LoadedModel(model)
+    return output_moments(source, capture(source, samples, "cpu"), "cpu", **options)
+
+
+def watched(source: LoadedModel) -> dict[str, nn.Linear]:
+    return {
+        f"{source.layout.blocks}.{index}.{name}": layer
+        for index, block in enumerate(block_list(source.model, source.layout))
+        for name, layer in linears(block).items()
+    }
+
+
+def autograd_gradients(model: Any, samples: list[Sample], seed: int = 0) -> dict[str, Tensor]:
+    """Gradients [tokens, out] of -log p(label) with respect to each linear's output, by one backward pass a sample.
+
+    Labels are drawn as in the room under test: from one generator, so many tokens at a time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = watched(LoadedModel(model))
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for sample in samples:
+        outputs: dict[str, Tensor] = {}
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, name=name, seen=outputs: seen.__setitem__(name, output))
+            for name, layer in layers.items()
+        ]
+        mask = None if bool(sample.mask.all()) else sample.mask.long()[None]
+        scores = model(input_ids=sample.input_ids[None], attention_mask=mask, use_cache=False).logits[0]
+        scores = scores.float().log_softmax(-1)
+        for hook in hooks:
+            hook.remove()
+        pieces = scores.detach().exp().split(gradients._HEAD_TOKENS)
+        labels = torch.cat([torch.multinomial(piece, 1, generator=generator) for piece in pieces])
+        loss = -scores.gather(1, labels)[:, 0][sample.mask].sum()
+        slopes = torch.autograd.grad(loss, list(outputs.values()))
+        for name, slope in zip(outputs, slopes, strict=True):
+            found[name].append(slope[0][sample.mask])
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def assert_moments_of(found: dict[str, Tensor], slopes: dict[str, Tensor]) -> None:
+    """Sums in float32 are off by eps for every token, and logits are float32 on both sides."""
+    assert found.keys() == slopes.keys()
+    for name, slope in slopes.items():
+        blocks, side, _ = found[name].shape
+        assert side == refinement.block_side(slope.shape[1])
+        assert found[name].dtype == torch.float32
+        for number in range(blocks):
+            g = slope[:, number * side : (number + 1) * side].double()
+            expected, size = g.T @ g / len(g), g.abs().T @ g.abs() / len(g)
+            bound = (len(g) + 50) * EPS * size + 16 * EPS * size.max()
+            assert ((found[name][number].double() - expected).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "gemma2"])  # the last two: known by structure only
+def test_block_by_block_gradients_are_those_of_the_whole_model(
+    checkpoint: Factory, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refinement, "_SIDE", 32)  # several blocks per linear
+    monkeypatch.setattr(gradients, "_HEAD_TOKENS", 16)  # several pieces per sample
+    model = load(checkpoint(family, **({"head_dim": 16} if family == "gemma2" else {})))
+    samples = some_samples(24, 24, 17)
+    assert_moments_of(moments_of(model, samples), autograd_gradients(model, samples))
+
+
+def test_the_original_qwens_gradients_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    model = QWenLMHeadModel.from_pretrained(make_qwen_v1(tmp_path / "qwen"), dtype=torch.float64).eval()
+    samples = some_samples(24, 9)
+    assert_moments_of(moments_of(model, samples), autograd_gradients(model, samples))
+
+
+def test_tokens_that_do_not_count_add_nothing(tiny_qwen2: Path) -> None:
+    model = load(tiny_qwen2)
+    samples = [padded(sample, 7) for sample in some_samples(20, 12)]
+    assert_moments_of(moments_of(model, samples), autograd_gradients(model, samples))
+
+
+@pytest.fixture
+def likeliest_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels do not depend on chance, so that moments of different calls can be compared."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(1, keepdim=True))
+
+
+@pytest.mark.usefixtures("likeliest_labels")
+def test_moments_do_not_depend_on_how_tokens_come_in(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over two samples is that of each, weighted; padding and pieces of the head change nothing."""
+    model = load(tiny_qwen2)
+    one, other = some_samples(20, 30)
+    together = moments_of(model, [one, other])
+    apart, rest = moments_of(model, [one]), moments_of(model, [other])
+    padding = moments_of(model, [padded(one, 9), other])
+    monkeypatch.setattr(gradients, "_HEAD_TOKENS", 7)
+    pieces = moments_of(model, [one, other])
+    for name, moment in together.items():
+        atol = 60 * EPS * float(moment.abs().max())
+        torch.testing.assert_close(0.4 * apart[name] + 0.6 * rest[name], moment, rtol=1e-4, atol=atol)
+        torch.testing.assert_close(padding[name], moment, rtol=1e-4, atol=atol)
+        torch.testing.assert_close(pieces[name], moment, rtol=1e-4, atol=atol)
+
+
+def test_about_so_many_tokens_are_used_in_samples_spread_evenly(tiny_qwen2: Path) -> None:
+    model, samples = load(tiny_qwen2), some_samples(*[10] * 9)
+    some = moments_of(model, samples, tokens=30)
+    assert_moments_of(some, autograd_gradients(model, [samples[i] for i in (0, 3, 6)]))
+    assert_moments_of(moments_of(model, samples, tokens=1), autograd_gradients(model, samples[:1]))
+
+
+def test_labels_are_drawn_by_the_seed(tiny_qwen2: Path) -> None:
+    model, samples = load(tiny_qwen2), some_samples(24)
+    first, again, other = (moments_of(model, samples, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in first)
+    assert_moments_of(other, autograd_gradients(model, samples, seed=2))
+
+
+def test_from_disk_and_from_memory_moments_are_the_same(tiny_qwen2: Path) -> None:
+    samples = some_samples(24, 24)
+    source = StreamedModel(tiny_qwen2, dtype=torch.float32)
+    source.load_outside(with_head=True)
+    streamed = output_moments(source, capture(source, samples, "cpu"), "cpu")
+    loaded = moments_of(load(tiny_qwen2, torch.float32), samples)
+    assert streamed.keys() == loaded.keys()
+    assert all(torch.equal(streamed[name], loaded[name]) for name in loaded)
+
+
+def test_model_and_samples_are_left_as_they_were(tiny_qwen2: Path) -> None:
+    model = load(tiny_qwen2)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    source = LoadedModel(model)
+    stream: Stream = capture(source, some_samples(16), "cpu")
+    hidden, steps = stream.hidden[0].clone(), []
+    output_moments(source, stream, "cpu", on_block=lambda done, of: steps.append((done, of)))
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert torch.equal(stream.hidden[0], hidden)
+    assert not any(module._forward_hooks for module in model.modules())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_gradients_that_are_not_finite_are_one_clear_error(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny_qwen2, torch.float32)
+    model.lm_head.weight.data.fill_(1e38)
+    with pytest.raises(NumericError, match="logits must be finite"):
+        moments_of(model, some_samples(12))
+    model = load(tiny_qwen2, torch.float32)
+    monkeypatch.setattr(gradients, "_head_slope", lambda source, hidden, *_: torch.full_like(hidden, 1e30))
+    with pytest.raises(NumericError, match=r"gradients must be finite.*model\.layers\.1\..*float32"):
+        moments_of(model, some_samples(12))
+
+
+def test_under_inference_mode_it_says_what_to_do(tiny_qwen2: Path) -> None:
+    config = QuantizeConfig(method="output", group_size=32)
+    model = load(tiny_qwen2, torch.float32)
+    with torch.inference_mode(), pytest.raises(UsageError, match=r"inference_mode.*outside"):
+        qquant.quantize_model(model, some_samples(12), config)
+    with torch.inference_mode():
+        made_under_it = copy.deepcopy(model)
+    with pytest.raises(UsageError, match=r"inference_mode.*outside"):
+        qquant.quantize_model(made_under_it, some_samples(12), config)
+    with torch.no_grad():
+        assert len(qquant.quantize_model(model, some_samples(12), config).modules) == 14

@@ -1,0 +1,74 @@
+"""Moments are means over tokens, whatever pieces the tokens come in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qquant.errors import NumericError
+from qquant.moments import CrossMoment, Hessian
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def activations(*, tokens: int = 60, columns: int = 20, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 60])
+def test_a_cross_moment_is_the_mean_product_of_miss_and_input(piece: int) -> None:
+    wanted, got, inputs = activations(columns=12, seed=1), activations(columns=12, seed=2), activations()
+    moment = CrossMoment(12, 20, dtype=torch.float64)
+    for parts in zip(wanted.split(piece), got.split(piece), inputs.split(piece), strict=True):
+        moment.add(*parts)
+    assert moment.tokens == 60
+    torch.testing.assert_close(moment.finish(), (wanted - got).T @ inputs / 60, rtol=1e-12, atol=1e-12)
+
+
+def test_a_small_miss_of_large_activations_is_not_lost() -> None:
+    """Two moments taken apart would differ by eps of 10^4 times 10^4; the difference itself is exact in float32."""
+    got = activations().float() * 1e4
+    wanted = got + torch.randn(60, 20, generator=torch.Generator().manual_seed(4)).sign()
+    moment = CrossMoment(20, 20)
+    moment.add(wanted, got, got)
+    miss = (wanted - got).double()
+    expected = miss.T @ got.double() / 60
+    bound = 60 * EPS * (miss.abs().T @ got.double().abs()) / 60
+    assert ((moment.finish().double() - expected).abs() <= bound).all()
+
+
+def test_bfloat16_activations_are_summed_in_float32() -> None:
+    wanted, got = (activations(seed=seed).bfloat16() for seed in (1, 2))
+    moment = CrossMoment(20, 20)
+    moment.add(wanted, got, got)
+    expected = (wanted.double() - got.double()).T @ got.double() / 60
+    bound = 2 * 62 * EPS * ((wanted.double().abs() + got.double().abs()).T @ got.double().abs()) / 60
+    found = moment.finish()
+    assert found.dtype == torch.float32
+    assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_moments_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    wanted, got = (activations(tokens=300, columns=64, seed=seed).to(dtype) for seed in (1, 2))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            cross, hessian = CrossMoment(64, 64), Hessian(64)
+            cross.add(wanted, got, got)
+            hessian.add(got)
+            found.append((cross.finish(), hessian.finish()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+def test_a_cross_moment_that_met_no_token_is_zero() -> None:
+    assert not CrossMoment(3, 4).finish().any()
+
+
+def test_a_hessian_that_met_no_token_is_an_error() -> None:
+    with pytest.raises(NumericError, match="at least one calibration token"):
+        Hessian(4).finish()

@@ -1,0 +1,173 @@
+"""Tuned scales must be storable, never worse on samples that were held out, and the same every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import qquant
+from qquant.calibrate import Sample, samples_from_ids
+from qquant.capture import capture, first_output
+from qquant.config import QuantizeConfig
+from qquant.models.layouts import linears
+from qquant.quantizing import quantize_checkpoint
+from qquant.shards import SINGLE_NAME
+from qquant.solver import Solution, solve
+from qquant.sources import LoadedModel
+from qquant.tuning import HELD_OUT, Lesson, tuned_scales
+from tests.conftest import VOCAB, Factory
+
+Case = tuple[Any, dict[str, Solution], list[Lesson]]
+
+
+def some_samples(count: int = 9, length: int = 16, seed: int = 3) -> list[Sample]:
+    return samples_from_ids(torch.randint(0, VOCAB, (count, length), generator=torch.Generator().manual_seed(seed)))
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def rounded_block(folder: Path, count: int = 9, length: int = 16, **options: Any) -> Case:
+    """The first block with all weights rounded to 4 bits, their solutions, and what should leave it."""
+    model = load(folder)
+    source = LoadedModel(model)
+    stream = capture(source, some_samples(count, length), "cpu")
+    block = source.load(0)
+    lessons = []
+    for hidden, call in zip(stream.hidden, stream.calls, strict=True):
+        lessons.append(Lesson(hidden, call[0], first_output(block(hidden, **call[0])), None))
+    config = QuantizeConfig.from_dict({"method": "rtn", "group_size": 32, **options})
+    solved = {name: solve(layer.weight, None, config) for name, layer in linears(block).items()}
+    for name, solution in solved.items():
+        put(block, name, solution)
+    return block, solved, lessons
+
+
+def put(block: Any, name: str, solution: Solution) -> None:
+    block.get_submodule(name).weight = nn.Parameter(solution.weight(), requires_grad=False)
+
+
+@torch.no_grad()
+def error(block: Any, lessons: list[Lesson]) -> float:
+    return sum(float(one.error(first_output(block(one.hidden, **one.call)))) for one in lessons)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_scales_that_were_trained_err_less_on_samples_that_were_not(checkpoint: Factory, family: str) -> None:
+    block, solved, lessons = rounded_block(checkpoint(family), 24, 32)
+    held = lessons[HELD_OUT - 1 :: HELD_OUT]
+    before = error(block, held)
+    found = tuned_scales(block, solved, lessons, 20)
+    assert found is not None
+    for name, scales in found.items():
+        put(block, name, replace(solved[name], scales=scales))
+    assert error(block, held) < before
+
+
+def test_scales_are_float16_and_nothing_else_changes(tiny_qwen2: Path) -> None:
+    block, solved, lessons = rounded_block(tiny_qwen2, sym=False)
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    codes = {name: solution.codes.clone() for name, solution in solved.items()}
+    found = tuned_scales(block, solved, lessons, 3)
+    assert found is not None
+    assert found.keys() == solved.keys()
+    for name, scales in found.items():
+        assert torch.equal(scales, scales.half().float())
+        assert not torch.equal(scales, solved[name].scales)
+        assert torch.equal(solved[name].codes, codes[name])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+
+
+def test_scales_that_are_worse_on_held_out_samples_are_not_taken(tiny_qwen2: Path) -> None:
+    block, solved, lessons = rounded_block(tiny_qwen2)
+    # What the held-out samples want is what the block does already.
+    for i in range(HELD_OUT - 1, len(lessons), HELD_OUT):
+        output = first_output(block(lessons[i].hidden, **lessons[i].call))
+        lessons[i] = replace(lessons[i], wanted=output.detach())
+    assert tuned_scales(block, solved, lessons, 3) is None
+
+
+def test_a_single_sample_trains_nothing(tiny_qwen2: Path) -> None:
+    block, solved, lessons = rounded_block(tiny_qwen2)
+    assert tuned_scales(block, solved, lessons[:1], 3) is None
+
+
+def test_masked_tokens_do_not_count() -> None:
+    hidden, wanted = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) < 4
+    lesson = Lesson(hidden, {}, wanted, mask)
+    assert lesson.tokens == 4
+    assert float(lesson.error(hidden)) == pytest.approx(float((hidden - wanted)[:, :4].square().sum()), rel=1e-6)
+
+
+def test_errors_are_weighted_by_what_is_felt() -> None:
+    random = torch.Generator().manual_seed(0)
+    hidden, wanted = torch.randn(2, 1, 6, 8, generator=random, dtype=torch.float64)
+    felt = torch.randn(2, 4, 4, generator=random, dtype=torch.float64)
+    felt = felt @ felt.mT
+    missed = (hidden - wanted)[0]
+    expected = float((missed @ torch.block_diag(*felt) * missed).sum())
+    assert float(Lesson(hidden, {}, wanted, None, felt).error(hidden)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_scales_do_not_depend_on_the_number_of_threads(tiny_qwen2: Path, one_thread: None) -> None:
+    results: list[dict[str, Tensor] | None] = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        block, solved, lessons = rounded_block(tiny_qwen2)
+        results.append(tuned_scales(block, solved, lessons, 2))
+    first, second = results
+    assert first is not None
+    assert second is not None
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [{}, {"desc_act": True}], ids=["plain", "g_idx"])
+def test_a_checkpoint_holds_the_tuned_scales(tiny_qwen2: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """quantize_checkpoint itself compares the reopened folder's logits with the walk's."""
+    packed = {}
+    for method in ("gptq", "gptq+tune:2"):
+        config = QuantizeConfig.from_dict({"method": method, "group_size": 32, **options})
+        log = quantize_checkpoint(tiny_qwen2, some_samples(), config, tmp_path / method)
+        assert len(log.modules) == 14
+        packed[method] = load_file(tmp_path / method / SINGLE_NAME)
+    block = "model.layers.0."
+    different = [n for n in packed["gptq"] if n.startswith(block) and not torch.equal(*(p[n] for p in packed.values()))]
+    assert different
+    assert {name.rpartition(".")[2] for name in different} == {"scales"}
+
+
+def test_a_tuned_model_in_memory_has_the_scales_of_the_tuned_folder(tiny_qwen2: Path, tmp_path: Path) -> None:
+    config, samples = QuantizeConfig(method="gptq+tune:2", group_size=32), some_samples()
+    quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "out")
+    model = load(tiny_qwen2)
+    qquant.quantize_model(model, samples, config)
+    stored = load_file(tmp_path / "out" / SINGLE_NAME)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items() if name.endswith(".scales"))
+
+
+def test_linears_that_are_left_alone_are_not_tuned(tiny_qwen2: Path) -> None:
+    config = QuantizeConfig.from_dict(
+        {"method": "gptq+tune:2", "group_size": 32, "dynamic": {r"-:.*mlp": {}, r"-:model\.layers\.1\.": {}}}
+    )
+    model = load(tiny_qwen2)
+    log = qquant.quantize_model(model, some_samples(), config)
+    assert [record.name.rpartition(".")[2] for record in log.modules] == ["q_proj", "k_proj", "v_proj", "o_proj"]
