@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qquant import solver, walk
+from qquant import moments, solver, walk
 from qquant.calibrate import samples_from_ids
 from qquant.capture import capture
 from qquant.config import QuantizeConfig
@@ -49,14 +49,14 @@ def main() -> None:
     source = LoadedModel(LlamaForCausalLM._from_config(settings, dtype=torch.bfloat16).eval())
     ids = torch.randint(0, 2048, (64, 256), generator=torch.Generator().manual_seed(0))
     timed(walk, "input_of", "forward up to each linear (bfloat16)")
-    timed(solver.Hessian, "add", "Hessians")
+    timed(moments.Hessian, "add", "Hessians")
     timed(solver, "inverse_factor", "Cholesky factor and its inverse")
     timed(solver, "_quantize_columns", "column loop")
     timed(solver, "_fit", "of the column loop: fitting grids")
     timed(walk, "relative_error", "error for the log")
     began = time.process_time()
     stream = capture(source, samples_from_ids(ids), "cpu")
-    walk.Walk(source, QuantizeConfig(), lambda *_: None).run(stream)
+    walk.Walk(source, QuantizeConfig(method="gptq"), lambda *_: None).run(stream)
     whole = time.process_time() - began
     known = sum(seconds for label, seconds in SPENT.items() if not label.startswith("of "))
     print("| stage | CPU s |\n|---|---|")

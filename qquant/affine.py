@@ -33,8 +33,8 @@ def choose_qparams(
         sym: fix ``zero`` at 2**(bits - 1); a group's largest positive value may then clip half a step short.
         shrink: factor on the covered range; below 1 the extreme values clip and the steps get finer.
         signed: a symmetric grid reaches one step further below its zero than above. Give that step to the side of the
-            group's largest value, by a negative scale if it is positive: nothing clips, and steps are 1/16 finer at 4
-            bits than with a grid that is as long on both sides.
+            group's largest value, by a negative scale if it is positive: it never clips, a value as large on the other
+            side by one step at most, and steps are 1/16 finer at 4 bits than on a grid as long on both sides.
 
     Returns:
         scale: [...] in weight's dtype, exactly representable in float16, not zero; positive unless ``signed``.

@@ -142,10 +142,10 @@ def fold_block(
     felt = {name: outputs[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in outputs}
     settings = {name: config.for_module(f"{prefix}.{name}") for name in names}
     folder = Folder(block, layout.units, settings, lambda name: stored_dtype(f"{prefix}.{name}"), felt)
-    if recipe.rotation:
-        folder.rotate()
     if recipe.scaling:
         folder.scale(samples)
+    if recipe.rotation:
+        folder.rotate()
     outputs.update({f"{prefix}.{name}": moment for name, moment in felt.items()})
     return {f"{prefix}.{name}": tensor for name, tensor in folder.changed.items()}
 
@@ -184,12 +184,12 @@ class Folder:
                 turn = orthogonal(seam.head)
                 self._change_maker(seam, partial(_turn_rows, turn))
                 layer = self._linear(seam.readers[0])
-                columns = _turn_rows(turn, layer.weight.double().T).T
+                columns = _turn_rows(turn, _wide(layer.weight).T).T
                 layer.weight = nn.Parameter(columns.to(layer.weight.dtype), requires_grad=False)
                 self._turn_outputs(seam, turn)
 
     def scale(self, samples: Sequence[Passing]) -> None:
-        """Scale channels by powers of two wherever that saves enough of the readers' rounding error.
+        """Scale channels wherever that saves enough of the readers' rounding error.
 
         Args:
             samples: of the original model, as they enter the block.
@@ -203,8 +203,9 @@ class Folder:
             factors = self._as_stored(seam, factors.double())
             for name in seam.readers:
                 layer = self._linear(name)
-                columns = (layer.weight.double() * self._as_read(seam, factors)).to(layer.weight.dtype)
-                layer.weight = nn.Parameter(columns, requires_grad=False)
+                columns = _wide(layer.weight)
+                columns = columns * self._as_read(seam, factors).to(columns.dtype)
+                layer.weight = nn.Parameter(columns.to(layer.weight.dtype), requires_grad=False)
             self._change_maker(seam, partial(_divide, factors))
             self._scale_outputs(seam, factors)
 
@@ -249,10 +250,10 @@ class Folder:
         return factors.reshape(-1, 1, seam.head).expand(-1, times, -1).reshape(-1)
 
     def _change_maker(self, seam: Seam, change: Callable[[Tensor], Tensor]) -> None:
-        """Change what makes the channels: [count, columns], in float64."""
+        """Change what makes the channels: [count, columns]."""
         maker = self.block.get_submodule(seam.maker)
         for leaf, tensor in list(maker.named_parameters(recurse=False)):
-            rows = tensor.detach().double().reshape(tensor.shape[0], -1).clone()
+            rows = _wide(tensor).reshape(tensor.shape[0], -1).clone()
             rows[-seam.count :] = change(rows[-seam.count :])
             full, found = f"{seam.maker}.{leaf}", rows.reshape(tensor.shape)
             if full.removesuffix(".weight") not in self.settings:
@@ -332,6 +333,12 @@ def _octaves(sizes: Tensor) -> Tensor:
     logs = sizes.log2()
     logs -= logs.median()
     return torch.where(logs.isfinite(), logs, 0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Vectors in float64; matrices in float32 or wider, as twice their memory would be felt."""
+    least = torch.float64 if tensor.ndim == 1 else torch.float32
+    return tensor.detach().to(torch.promote_types(tensor.dtype, least))
 
 
 def _divide(factors: Tensor, rows: Tensor) -> Tensor:

@@ -157,8 +157,8 @@ def quantize_command(
                 _show_plan(folder, adapter, samples, choice.config)
                 return
         blocks = getattr(read_config(folder).get_text_config(), "num_hidden_layers", None)
-        with module_progress(blocks) as on_module:
-            run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, "on_module": on_module}
+        with module_progress(blocks) as listeners:
+            run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, **listeners._asdict()}
             if target:
                 log, kl = quantize_mixed(mixed, out, **target, on_choice=partial(_show_choice, mixed), **run)
             else:

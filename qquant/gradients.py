@@ -8,7 +8,6 @@ Source: the output side of the Kronecker factors in YAQA, arXiv:2505.22988, kept
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,10 +18,12 @@ from qquant.capture import BlockSource, Stream, first_output, head
 from qquant.errors import NumericError, UsageError
 from qquant.models.layouts import block_list, linears
 from qquant.refinement import block_side
+from qquant.telling import OnProgress, unheard
 
 TOKENS = 16384
 """Tokens that gradients are taken of. Measured: half as many cost 3 % of KL, twice as many gain 1 %."""
 
+_STEP = "gradients of the outputs"
 _HEAD_TOKENS = 256  # tokens whose logits are in memory at a time
 
 
@@ -33,7 +34,7 @@ def output_moments(
     *,
     tokens: int = TOKENS,
     seed: int = 0,
-    on_block: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: OnProgress = unheard,
 ) -> dict[str, Tensor]:
     """Go through the model forwards and backwards on some of the samples.
 
@@ -43,7 +44,7 @@ def output_moments(
         device: where the model computes.
         tokens: about how many are used, in whole samples spread evenly over the stream; at least one sample.
         seed: of the labels that are drawn.
-        on_block: told after each block, twice per block in all.
+        on_progress: told after each block, twice per block in all.
 
     Returns:
         Full name of each linear -> [out / side, side, side] float32, blocks of E[g g^T] along its diagonal, with the
@@ -63,7 +64,7 @@ def output_moments(
             pairs = zip(chosen, hidden[-1], strict=True)
             hidden.append([first_output(block(h, **stream.calls[i][index])) for i, h in pairs])
             source.release(index)
-            on_block(index + 1, 2 * count)
+            on_progress(_STEP, index + 1, 2 * count)
     last = hidden.pop()
     generator = torch.Generator().manual_seed(seed)
     slopes = [_head_slope(source, h, stream.masks[i], device, generator) for i, h in zip(chosen, last, strict=True)]
@@ -82,7 +83,7 @@ def output_moments(
             found[full] = moment.sum / counted
             if not bool(torch.isfinite(found[full]).all()):
                 raise NumericError(f"gradients must be finite, got NaN or Inf at {full}; compute in float32")
-        on_block(2 * count - index, 2 * count)
+        on_progress(_STEP, 2 * count - index, 2 * count)
     return found
 
 

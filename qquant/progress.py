@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,20 +29,20 @@ def step_progress() -> Iterator[OnProgress]:
         yield _plain(console)
         return
     with _line(console, "reading", None) as (progress, task):
-        step = ""
+        yield _live(progress, task)
 
-        def on_progress(what: str, done: int, total: int) -> None:
-            nonlocal step
-            if _step(what) != step:  # the time left of one step says nothing about the next
-                progress.reset(task, total=total)
-                step = _step(what)
-            progress.update(task, completed=done, total=total, description=what)
 
-        yield on_progress
+class Listeners(NamedTuple):
+    """Who hears of a model being quantized."""
+
+    on_module: Callable[[ModuleRecord], None]
+    """Of every finished linear."""
+    on_progress: OnProgress
+    """Of the steps before the first."""
 
 
 @contextmanager
-def module_progress(blocks: int | None) -> Iterator[Callable[[ModuleRecord], None]]:
+def module_progress(blocks: int | None) -> Iterator[Listeners]:
     """Show the newest linear and its error while a model is quantized, the time so far and left.
 
     Args:
@@ -50,11 +51,12 @@ def module_progress(blocks: int | None) -> Iterator[Callable[[ModuleRecord], Non
     console = Console(stderr=True)
     if console.is_terminal:
         with _line(console, "reading the model", blocks) as (progress, task):
-            yield _modules(lambda what, done: progress.update(task, description=what, completed=done))
+            show = _live(progress, task)
+            # What stands before the colon is the step, by whose pace the time left is reckoned.
+            yield Listeners(_modules(lambda what, done: show(f"linear: {what}", done, blocks)), show)
     else:
         tell = _plain(console)
-        # One step from beginning to end: its pace is what the time left is reckoned by.
-        yield _modules(lambda what, done: tell("quantizing blocks", done, blocks or 0))
+        yield Listeners(_modules(lambda what, done: tell("quantizing blocks", done, blocks or 0)), tell)
 
 
 def quiet_transformers() -> None:
@@ -76,6 +78,20 @@ def _modules(tell: Callable[[str, int], None]) -> Callable[[ModuleRecord], None]
         tell(f"{done:4d}  {record.name}  {record.bits} bits  relative error {record.relative_error:.1e}", begun)
 
     return on_module
+
+
+def _live(progress: Progress, task: TaskID) -> Callable[[str, int, int | None], None]:
+    """A listener that keeps one line up to date."""
+    step = ""
+
+    def on_progress(what: str, done: int, total: int | None) -> None:
+        nonlocal step
+        if _step(what) != step:  # the time left of one step says nothing about the next
+            progress.reset(task, total=total)
+            step = _step(what)
+        progress.update(task, completed=done, total=total, description=what)
+
+    return on_progress
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qquant.telling import OnProgress, unheard
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -43,6 +45,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = 4_000_000_000,
     overwrite: bool = False,
     on_module: Callable[[ModuleRecord], None] | None = None,
+    on_progress: OnProgress = unheard,
     adapter: str | Path | None = None,
     before_sealing: Callable[[Path], None] = lambda folder: None,
 ) -> QuantizeLog:
@@ -60,6 +63,7 @@ def quantize_checkpoint(
         max_shard_bytes: size at which a new output shard begins.
         overwrite: replace an existing model folder, in the moment the new one is complete.
         on_module: called after each linear, for progress.
+        on_progress: told of what comes before the first linear, where a method takes gradients.
         adapter: folder of a peft LoRA adapter to merge into the model as its blocks are read; None: none.
         before_sealing: called with the complete folder before it is sealed by its manifest and published. What it adds
             goes along; if it raises, nothing is published.
@@ -123,7 +127,7 @@ def quantize_checkpoint(
 
         source.load_outside(with_head=config.recipe.output)
         stream = capture(source, chosen, device)
-        outputs = output_moments(source, stream, device) if config.recipe.output else {}
+        outputs = output_moments(source, stream, device, on_progress=on_progress) if config.recipe.output else {}
         source.release_outside()
         stored = {name: DTYPES[spec.dtype] for name, spec in plan.items()}
         walk = Walk(source, config, write, on_module or (lambda record: None), outputs, keep, stored.get)
@@ -294,7 +298,9 @@ def _samples_or_probe(samples: Sequence[Sample] | None, config: QuantizeConfig, 
     if not config.needs_data:
         return samples_from_ids([[i % vocabulary for i in range(_PROBE_TOKENS)]])
     if samples is None:
-        raise UsageError('method "gptq" needs calibration data, got none; give --data, or choose --method rtn')
+        raise UsageError(
+            f'method "{config.method}" needs calibration data, got none; give --data, or choose --method rtn'
+        )
     return list(samples)
 
 

@@ -64,7 +64,7 @@ class RowRounder:
         factor = torch.empty(outputs.shape, dtype=dtype)
         nothing = torch.zeros(self._side, dtype=torch.bool)
         for block in range(blocks):
-            inverse, _, _ = inverse_factor(outputs[block].double().cpu(), order[block], nothing, _TINY)
+            inverse, _, _ = inverse_factor(outputs[block].cpu().to(dtype), order[block], nothing, _TINY)
             factor[block] = factor_rows(inverse, 0, self._side)
         self._factor, self._dtype = factor, dtype
         self._order = order.contiguous()

@@ -127,9 +127,7 @@ def solve(
     g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)
     g_idx[order] = group_of.to(torch.int32)
     if recipe.refine:
-        codes, scales = _refined(
-            target, codes, scales, zeros, g_idx, hessian, outputs, config, dead, damp_percent
-        )
+        codes, scales = _refined(target, codes, scales, zeros, g_idx, hessian, outputs, config, dead, damp_percent)
     corrected = target if recipe.base == "qep" or recipe.residual else None
     return Solution(codes, scales, zeros, g_idx, damp_percent, escalations, int(dead.sum()), corrected)
 

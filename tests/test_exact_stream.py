@@ -108,6 +108,7 @@ def watched_walk(
             source, config, lambda name, layer, solution, _: calls[-1][1].append((name, solution)), outputs=outputs
         )
         walk.run(stream)
+    assert not walk._originals, "a second copy of the weights is held"
     for moments, solved in calls:
         if config.recipe.output:
             assert moments.outputs is not None

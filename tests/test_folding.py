@@ -133,7 +133,8 @@ def test_a_norm_is_divided_by_what_its_readers_are_multiplied_by(checkpoint: Fac
     source, samples = LoadedModel(model), some_samples()
     stream = capture(source, samples, "cpu")
     passing = [Passing(hidden, call[0], None) for hidden, call in zip(stream.hidden, stream.calls, strict=True)]
-    block, settings = block_list(model, source.layout)[0], config("gptq+awq")
+    settings = config("gptq+awq")
+    block: Any = block_list(model, source.layout)[0]
     with torch.no_grad():
         changed = fold_block(block, source.layout, "b", settings, passing, {}, lambda _: torch.bfloat16)
     assert changed["b.input_layernorm.weight"].dtype == torch.bfloat16

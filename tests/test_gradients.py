@@ -174,7 +174,7 @@ def test_model_and_samples_are_left_as_they_were(tiny_qwen2: Path) -> None:
     source = LoadedModel(model)
     stream: Stream = capture(source, some_samples(16), "cpu")
     hidden, steps = stream.hidden[0].clone(), []
-    output_moments(source, stream, "cpu", on_block=lambda done, of: steps.append((done, of)))
+    output_moments(source, stream, "cpu", on_progress=lambda _, done, of: steps.append((done, of)))
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert torch.equal(stream.hidden[0], hidden)
     assert not any(module._forward_hooks for module in model.modules())

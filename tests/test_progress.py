@@ -90,7 +90,7 @@ def test_blocks_are_what_the_time_left_of_a_quantization_is_reckoned_by(
     stderr: Callable[[bool], io.StringIO], clock: Clock
 ) -> None:
     file = stderr(False)
-    with progress.module_progress(4) as tell:
+    with progress.module_progress(4) as (tell, _):
         for block in range(3):
             for name in ("up_proj", "down_proj"):
                 tell(record(f"model.layers.{block}.mlp.{name}"))
@@ -103,6 +103,13 @@ def test_blocks_are_what_the_time_left_of_a_quantization_is_reckoned_by(
 
 def test_a_terminal_is_shown_the_newest_linear(stderr: Callable[[bool], io.StringIO]) -> None:
     file = stderr(True)
-    with progress.module_progress(None) as tell:
+    with progress.module_progress(None) as (tell, _):
         tell(record("transformer.h.1.attn.c_attn"))
     assert "transformer.h.1.attn.c_attn  4 bits" in file.getvalue()
+
+
+def test_a_terminal_is_shown_what_comes_before_the_first_linear(stderr: Callable[[bool], io.StringIO]) -> None:
+    file = stderr(True)
+    with progress.module_progress(4) as (_, on_progress):
+        on_progress("gradients of the outputs", 3, 8)
+    assert "gradients of the outputs" in file.getvalue()

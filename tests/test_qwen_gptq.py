@@ -21,7 +21,8 @@ from qquant.models.qwen import positions
 from qquant.models.qwen.modeling import QWenLMHeadModel
 from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
-from qquant.solver import Hessian, solve
+from qquant.moments import Hessian
+from qquant.solver import solve
 from qquant.sources import StreamedModel
 from tests.conftest import assert_same_but_for_order
 from tests.packed import edit_keys, edit_tensors

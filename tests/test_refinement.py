@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -156,6 +156,27 @@ def test_scales_that_would_leave_their_range_stay() -> None:
     assert torch.equal(refit_slowly(**far), far["scales"])
 
 
+def test_scales_stay_where_rounding_would_make_them_worse() -> None:
+    """Each scale is rounded to float16 by itself; a neighbour of what that gives may be better, and then is kept."""
+    kept = 0
+    for seed in range(8):
+        given = problem(seed=seed)
+        found = refit_scales(**given)
+        best = found.clone()
+        ulp = 2.0 ** (found.log2().floor() - 10)
+        for shift in itertools.product((-1, 0, 1), repeat=3):
+            tried = found + torch.tensor(shift).double() * ulp
+            for row in range(6):
+                part = slice(row, row + 1)
+                one = {**given, "target": given["target"][part], "zeros": given["zeros"][part]}
+                if loss(one, given["codes"][part], tried[part]) < loss(one, given["codes"][part], best[part]):
+                    best[row] = tried[row]
+        better = (best != found).any(1)
+        kept += int(better.sum())
+        assert torch.equal(refit_scales(**{**given, "scales": best})[better], best[better])
+    assert kept
+
+
 def test_a_group_whose_codes_all_stand_for_zero_keeps_its_scale() -> None:
     given = problem()
     given["codes"][:, 16:32] = 8
@@ -179,7 +200,7 @@ def test_the_objective_never_grows(side: int, bits: int, dtype: torch.dtype) -> 
         losses.append(loss(given, codes, scales))
     # What float32 cannot tell apart: its 48 * 48 sums of products, far below any step's gain.
     slack = 0.0 if dtype == torch.float64 else 1e-5
-    assert all(later <= earlier * (1 + slack + 1e-12) for earlier, later in pairwise(losses))
+    assert all(later <= earlier * (1 + slack + 1e-12) for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.9 * losses[0]
     together = refine(**narrow, bits=bits, passes=4)
     assert torch.equal(together[0], codes)

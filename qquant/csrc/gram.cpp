@@ -1,4 +1,5 @@
-// H += X^T X for bfloat16 X and float32 H, upper triangle only: the sum that GPTQ's Hessians are made of.
+// H += X^T X for bfloat16 X and float32 H, upper triangle only: the sum that GPTQ's Hessians are made of. And M += D^T X,
+// all of it: the sum that says how inputs differ from the original model's.
 //
 // A bfloat16 product is exact in float32, so feeding the rows as they are to the bfloat16 dot-product instruction loses
 // nothing against converting them first, at twice the rate. Needs AVX-512 BF16; elsewhere available() is false and the
@@ -91,6 +92,35 @@ void panel_row(const std::uint32_t* packed, std::size_t pairs, std::size_t colum
   }
 }
 
+// All tiles of one row of panels of M [rows, columns]: `left` holds the panels of D, `right` those of X.
+void cross_panel_row(const std::uint32_t* left, const std::uint32_t* right, std::size_t pairs, std::size_t rows,
+                     std::size_t columns, std::size_t row, float* m) {
+  const std::size_t panels = (columns + kPanel - 1) / kPanel, top = row * kPanel;
+  for (std::size_t column = 0; column < panels; ++column) {
+    const std::size_t begin = column * kPanel, width = std::min(kPanel, columns - begin);
+    for (std::size_t i = 0; i < kPanel && top + i < rows; i += kRows)
+      tile(left + row * pairs * kPanel + i, right + column * pairs * kPanel, pairs, m + (top + i) * columns + begin,
+           columns, std::min(kRows, rows - top - i), width);
+  }
+}
+
+// Calls work(row) for every row of panels, on several threads if there is enough to do.
+template <typename Work>
+void share_rows(std::size_t panels, std::size_t columns, std::size_t threads, const Work& work) {
+  std::atomic<std::size_t> next{0};
+  const auto loop = [&] {
+    for (std::size_t row = next++; row < panels; row = next++) work(row);
+  };
+  // Starting a thread costs more than a small matrix.
+  const std::size_t helpers = columns < 1024 ? 0 : std::min(threads, panels) - 1;
+  std::vector<std::thread> pool;
+  for (std::size_t i = 0; i < helpers; ++i) pool.emplace_back(loop);
+  loop();
+  for (auto& thread : pool) thread.join();
+}
+
+std::size_t panels_of(std::size_t columns) { return (columns + kPanel - 1) / kPanel; }
+
 #endif
 
 bool available() {
@@ -111,21 +141,36 @@ void add_gram(std::uintptr_t x, std::size_t tokens, std::size_t columns, std::ui
   py::gil_scoped_release unlocked;
   const auto* source = reinterpret_cast<const std::uint16_t*>(x);
   auto* target = reinterpret_cast<float*>(h);
-  const std::size_t panels = (columns + kPanel - 1) / kPanel;
+  const std::size_t panels = panels_of(columns);
   std::vector<std::uint32_t> packed(panels * kPanel * std::min(kPairs, (tokens + 1) / 2));
   for (std::size_t first = 0; first < tokens; first += 2 * kPairs) {
     const std::size_t pairs = std::min(kPairs, (tokens - first + 1) / 2);
     pack(source, tokens, columns, first, pairs, packed.data());
-    std::atomic<std::size_t> next{0};
-    const auto work = [&] {
-      for (std::size_t row = next++; row < panels; row = next++) panel_row(packed.data(), pairs, columns, row, target);
-    };
-    // Starting a thread costs more than a small matrix.
-    const std::size_t helpers = columns < 1024 ? 0 : std::min(threads, panels) - 1;
-    std::vector<std::thread> pool;
-    for (std::size_t i = 0; i < helpers; ++i) pool.emplace_back(work);
-    work();
-    for (auto& thread : pool) thread.join();
+    share_rows(panels, columns, threads,
+               [&](std::size_t row) { panel_row(packed.data(), pairs, columns, row, target); });
+  }
+#endif
+}
+
+// d: address of [tokens, rows] bfloat16, x: of [tokens, columns] bfloat16, m: of [rows, columns] float32; all
+// contiguous. Adds D^T X to M. The result does not depend on `threads`.
+void add_cross(std::uintptr_t d, std::uintptr_t x, std::size_t tokens, std::size_t rows, std::size_t columns,
+               std::uintptr_t m, std::size_t threads) {
+  if (!available()) throw py::value_error("this processor has no AVX-512 BF16; multiply in float32 instead");
+#if QQ_BF16_DOT
+  py::gil_scoped_release unlocked;
+  const auto* left = reinterpret_cast<const std::uint16_t*>(d);
+  const auto* right = reinterpret_cast<const std::uint16_t*>(x);
+  auto* target = reinterpret_cast<float*>(m);
+  const std::size_t most = kPanel * std::min(kPairs, (tokens + 1) / 2);
+  std::vector<std::uint32_t> packed_left(panels_of(rows) * most), packed_right(panels_of(columns) * most);
+  for (std::size_t first = 0; first < tokens; first += 2 * kPairs) {
+    const std::size_t pairs = std::min(kPairs, (tokens - first + 1) / 2);
+    pack(left, tokens, rows, first, pairs, packed_left.data());
+    pack(right, tokens, columns, first, pairs, packed_right.data());
+    share_rows(panels_of(rows), columns, threads, [&](std::size_t row) {
+      cross_panel_row(packed_left.data(), packed_right.data(), pairs, rows, columns, row, target);
+    });
   }
 #endif
 }
@@ -135,6 +180,8 @@ void add_gram(std::uintptr_t x, std::size_t tokens, std::size_t columns, std::ui
 PYBIND11_MODULE(_gram, m) {
   m.doc() = "H += X^T X for bfloat16 rows, accumulated in float32";
   m.def("available", &available, "Whether this processor can run add_gram");
+  m.def("add_cross", &add_cross, py::arg("d"), py::arg("x"), py::arg("tokens"), py::arg("rows"), py::arg("columns"),
+        py::arg("m"), py::arg("threads"), "Add D^T X to M; d, x and m are addresses");
   m.def("add_gram", &add_gram, py::arg("x"), py::arg("tokens"), py::arg("columns"), py::arg("h"), py::arg("threads"),
         "Add X^T X to the blocks of H on and above the diagonal; x and h are addresses");
 }
