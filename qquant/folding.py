@@ -2,11 +2,9 @@
 
 Two folds, both free at run time. Scaling (after AWQ, arXiv:2306.00978): linears multiply the columns of strong inputs,
 and what makes these inputs (a norm, the values, the MLP's ungated branch) divides by the same. How far is judged by how
-much stronger than usual an input is and how much weaker its weights are. Where a linear makes the channels, scales are
-powers of two, so that no product changes by a single bit. A norm's are finer, which saves a few percent more; the
-columns take exactly the factor by which the norm's weight, rounded to its stored dtype, has become smaller. Rotation
-(R2 of SpinQuant, arXiv:2405.16406, and QuaRot, arXiv:2404.00456): an orthogonal matrix per head between the values and
-the projection that reads them.
+much stronger than usual an input is and how much weaker its weights are. Scales are powers of two, so that no product
+changes by a single bit; measured, finer ones gain nothing. Rotation (R2 of SpinQuant, arXiv:2405.16406, and QuaRot,
+arXiv:2404.00456): an orthogonal matrix per head between the values and the projection that reads them.
 
 R1, a rotation of the residual stream, is left out: it changes the embeddings, and where these are tied to the output
 projection, the norm in front of which has to be merged into it, it unties them. When folds happen is walk.py's.
@@ -34,8 +32,8 @@ STRENGTHS = (0.5, 0.75, 1.0)
 """Shares of a channel's imbalance that are tried; 0, no scaling, is what they have to beat."""
 DEAD_ZONES = (0.0, 1.0)
 """Octaves of imbalance that are let be."""
-LEAST_GAIN = 0.04
-"""Share of the rounding error that a scaling must save; models whose channels are alike stay under it."""
+LEAST_GAIN = 0.1
+"""Share of the rounding error that a scaling must save; models without outliers stay far under it."""
 TOKENS = 8192
 """Tokens that scales are chosen by."""
 
@@ -221,14 +219,13 @@ class Folder:
         weights = torch.cat([layer.weight for layer, _ in layers]).abs().mean(0).to(size.dtype)
         octaves = (_octaves(size) - _octaves(self._as_made(seam, weights))) / 2
         for zone, strength in product(DEAD_ZONES, STRENGTHS):
-            exponents = ((octaves - zone).clamp(min=0) * strength).clamp(max=_FARTHEST)
-            factors = (exponents.round() if seam.maker in self.settings else exponents).exp2()
+            factors = ((octaves - zone).clamp(min=0) * strength).round().clamp(max=_FARTHEST).exp2()
             if not torch.equal(factors, ones) and (found := loss(factors)) < least:
                 least, best = found, factors
         return best
 
     def _as_stored(self, seam: Seam, factors: Tensor) -> Tensor:
-        """The factors by which a norm's weight becomes smaller once it is rounded to its stored dtype."""
+        """The factors by which a norm's weight, as stored, becomes smaller: float16 runs out of small numbers."""
         if seam.maker in self.settings:
             return factors
         weight: Any = self.block.get_submodule(seam.maker).weight

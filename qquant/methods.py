@@ -61,7 +61,7 @@ class Recipe:
 
 _PRESETS = {
     "fast": "gptq+left-to-right+clip-off",
-    "best": "qep+residual:0.5+gar+clip-weight+signed+output+refine:2",
+    "best": "awq+qep+residual:0.5+gar+clip-weight+signed+output+refine:2",
 }
 _PARTS: dict[str, tuple[str, object]] = {
     "rtn": ("base", "rtn"),
