@@ -19,9 +19,9 @@ from qquant.errors import BadModelError
 from qquant.linear import QuantLinear
 from qquant.models.qwen import positions
 from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.moments import Hessian
 from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
-from qquant.moments import Hessian
 from qquant.solver import solve
 from qquant.sources import StreamedModel
 from tests.conftest import assert_same_but_for_order
