@@ -163,6 +163,7 @@ def quantize_mixed(
     overwrite: bool = False,
     on_choice: Callable[[Choice, float | None], None] = lambda choice, before: None,
     on_module: Callable[[ModuleRecord], None] | None = None,
+    on_progress: OnProgress = unheard,
 ) -> tuple[QuantizeLog, float]:
     """Quantize a model that has been measured so that its files stay within a size, or its divergence under a limit.
 
@@ -179,6 +180,7 @@ def quantize_mixed(
         overwrite: as in ``quantize_checkpoint``.
         on_choice: called with what is about to be quantized, and the KL measured of what was chosen before, if any.
         on_module: as in ``quantize_checkpoint``.
+        on_progress: as in ``quantize_checkpoint``.
 
     Returns:
         What was done to each module, and the measured KL.
@@ -220,6 +222,7 @@ def quantize_mixed(
                 max_shard_bytes=mixed.max_shard_bytes,
                 overwrite=overwrite,
                 on_module=on_module,
+                on_progress=on_progress,
                 adapter=mixed.adapter,
                 before_sealing=check,
             )
