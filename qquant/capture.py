@@ -211,6 +211,21 @@ def input_of(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
     return seen[0]
 
 
+@contextmanager
+def inputs_seen(layers: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """While this lasts: place in ``layers`` -> what reached that layer last."""
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, n=n: seen.__setitem__(n, args[0]))
+        for n, layer in enumerate(layers)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def first_output(output: Any) -> Tensor:
     """The hidden states of a module's output, which some models return as the first of a tuple."""
     result: Tensor = output[0] if isinstance(output, tuple) else output

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qquant.accuracy import kl_divergence, log_probs
-from qquant.capture import Stream, capture, discover_stages, first_output, head
+from qquant.capture import Stream, capture, discover_stages, first_output, head, inputs_seen
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, QquantError
 from qquant.heap import return_unused_memory
@@ -196,20 +196,12 @@ def _hessians(
         Hessian(layer.in_features, device=layer.weight.device) if any(config.needs_data for config in chosen) else None
         for layer, chosen in zip(layers, settings, strict=True)
     ]
-    seen: dict[int, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, n=n: seen.__setitem__(n, args[0]))
-        for n, layer in enumerate(layers)
-    ]
-    try:
+    with inputs_seen(layers) as seen:
         for i, hidden in enumerate(data.hidden):
             data.hidden[i] = first_output(block(hidden, **data.calls[i][index]))
             for n, hessian in enumerate(hessians):
                 if hessian is not None:
                     hessian.add(data.counted(i, seen[n]))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return hessians
 
 

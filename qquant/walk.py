@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qquant.capture import BlockSource, Stream, discover_stages, first_output, input_of
+from qquant.capture import BlockSource, Stream, discover_stages, first_output, input_of, inputs_seen
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import NumericError, QquantError
 from qquant.folding import TOKENS as SCALING_TOKENS
@@ -277,19 +277,11 @@ class Walk:
         """The Hessians of several inputs from one run of every sample."""
         layers = [_linear(block, name) for name in names]
         hessians = [Hessian(layer.in_features, device=layer.weight.device) for layer in layers]
-        seen: dict[int, Tensor] = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, args, n=n: seen.__setitem__(n, args[0]))
-            for n, layer in enumerate(layers)
-        ]
-        try:
+        with inputs_seen(layers) as seen:
             for i, hidden in enumerate(stream.hidden):
                 run(hidden, i)
                 for n, hessian in enumerate(hessians):
                     hessian.add(stream.counted(i, seen[n]))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return hessians
 
     def _solve(self, block: nn.Module, prefix: str, names: list[str], gathered: _Gathered | None) -> None:
