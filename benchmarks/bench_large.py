@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--n-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--method", default="gptq")
     parser.add_argument("--options", default="", help="more options for qquant, in one string")
     parser.add_argument("--limit-mb", type=float, default=1600, help="exit with 1 above this peak; MB are 10**6 bytes")
     parser.add_argument("--json", type=Path, help="write the result here too")
@@ -61,7 +62,8 @@ def main() -> int:
         out, log = args.out or Path(name) / "out", Path(name) / "log.txt"
         text = model.with_name(f"{model.name}-calibration.txt")
         command = [args.python, "-m", "qquant.gptq", "--model", str(model), "--data", str(text), "--out", str(out)]
-        command += ["--bits", str(args.bits), "--group-size", "128", "--n-samples", str(args.n_samples)]
+        command += ["--method", args.method, "--bits", str(args.bits), "--group-size", "128"]
+        command += ["--n-samples", str(args.n_samples)]
         command += ["--seq-len", str(args.seq_len), *shlex.split(args.options)]
         wall, cpu, peak, code = quantize(command, log)
         if code:

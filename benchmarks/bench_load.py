@@ -40,7 +40,7 @@ def write_checkpoint(args: argparse.Namespace) -> None:
     for key, wanted in (("num_hidden_layers", args.layers), ("vocab_size", args.vocabulary)):
         content[key] = wanted or content[key]
     content["dtype"] = args.stored
-    options = QuantizeConfig(bits=args.bits, group_size=args.group_size, act_group_aware=False)
+    options = QuantizeConfig(method="gptq", bits=args.bits, group_size=args.group_size, act_group_aware=False)
     folder: Path = args.make_into
     model: Any = skeleton(config_from_dict(content), folder, getattr(torch, args.stored))
     layout = find_layout(model, content["model_type"])

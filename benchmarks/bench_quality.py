@@ -190,9 +190,9 @@ def arguments() -> argparse.Namespace:
         "--calibrate", type=Path, nargs="+", default=[REFERENCE / "calib.txt"], help="texts, equal shares"
     )
     parser.add_argument("--held-out", type=Path, nargs="+", default=[REFERENCE / "eval.txt"], help="texts or JSONL")
-    parser.add_argument("--calibration-windows", type=int, default=128)
-    parser.add_argument("--held-out-windows", type=int, default=48)
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--calibration-windows", type=int, default=120)
+    parser.add_argument("--held-out-windows", type=int, default=76)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--skip", help="regex of linears that every contestant leaves alone")

@@ -64,7 +64,7 @@ class Result:
 def command_of(job: Job, side: str, args: argparse.Namespace, work: Path) -> list[str]:
     """The command that quantizes the job on one side, into WORK/out."""
     if side == "ours":
-        command = [args.python, "-m", "qquant.gptq", "--model", job.model, "--data", job.text]
+        command = [args.python, "-m", "qquant.gptq", "--method", "gptq", "--model", job.model, "--data", job.text]
         command += ["--out", str(work / "out"), "--bits", "4", "--group-size", "128", "--seq-len", str(job.length)]
         return [*command, "--n-samples", str(job.samples), *shlex.split(args.our_options)]
     windows = work / f"{job.name}-windows.json"

@@ -45,22 +45,28 @@ def changed_linears(original: nn.Module, result: nn.Module) -> int:
 
 @torch.inference_mode()
 def judge(original: Any, result: Any, windows: Tensor) -> dict[str, float]:
-    """Mean KL(original || result) in nats, share of equal top tokens, and both perplexities, over all tokens [N, T]."""
-    kl = agreement = surprise = surprise_before = 0.0
+    """Mean KL(original || result) in nats, share of equal top tokens, and both perplexities, over all tokens [N, T].
+
+    The standard error is that of the difference of the perplexities, with windows as what was drawn.
+    """
+    kl = agreement = 0.0
+    surprise, surprise_before = [], []
     for batch in windows.split(BATCH):
         before = original(batch, use_cache=False).logits.log_softmax(-1)
         after = result(batch, use_cache=False).logits.log_softmax(-1)
         kl += float((before.exp() * (before - after)).sum(-1).double().sum())
         agreement += float((before.argmax(-1) == after.argmax(-1)).double().sum())
         following = batch[:, 1:, None]
-        surprise -= float(after[:, :-1].gather(-1, following).double().sum())
-        surprise_before -= float(before[:, :-1].gather(-1, following).double().sum())
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
+        surprise.append(-after[:, :-1].gather(-1, following).double().mean((1, 2)))
+        surprise_before.append(-before[:, :-1].gather(-1, following).double().mean((1, 2)))
+    of_result, of_original = torch.cat(surprise), torch.cat(surprise_before)
+    perplexity = math.exp(float(of_result.mean()))
     return {
         "mean_kl_nats": kl / windows.numel(),
         "agreement": agreement / windows.numel(),
-        "perplexity": math.exp(surprise / predicted),
-        "perplexity_of_original": math.exp(surprise_before / predicted),
+        "perplexity": perplexity,
+        "perplexity_of_original": math.exp(float(of_original.mean())),
+        "perplexity_gap_error": perplexity * float((of_result - of_original).std()) / math.sqrt(len(windows)),
     }
 
 

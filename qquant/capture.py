@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qquant.calibrate import Sample
-from qquant.errors import BadModelError
+from qquant.errors import BadModelError, NumericError
 from qquant.models.layouts import Layout, block_list, linears
 
 
@@ -156,6 +156,13 @@ def head(source: BlockSource, hidden: Tensor, device: torch.device | str) -> Ten
         ids = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=device)
         logits: Tensor = source.model(input_ids=ids, use_cache=False).logits
     return logits
+
+
+def check_finite(hidden: list[Tensor], name: str) -> None:
+    """Refuse what leaves a block, one [1, T, hidden] per sample, if it is not all finite: a ``NumericError``."""
+    for i, sample in enumerate(hidden):
+        if not bool(torch.isfinite(sample).all()):
+            raise NumericError(f"activations must be finite, got NaN or Inf after {name} (calibration sample {i})")
 
 
 def discover_stages(block: nn.Module, prefix: str, run: Callable[[], Any]) -> list[list[str]]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qquant.errors import UsageError
-from qquant.methods import ClipSearch, Order, Recipe, recipe_of
+from qquant.methods import ClipSearch, Order, Recipe, best_without, recipe_of
 
 Bits = Literal[2, 3, 4, 8]
 
@@ -37,7 +37,7 @@ class ModuleOverride(Strict):
 class QuantizeConfig(Strict):
     """How the weights are quantized. Field names are the ones every GPTQ reader knows."""
 
-    method: str = "gptq"
+    method: str = "best"
     """"best": the most accurate pipeline. "fast": plain GPTQ, as AutoGPTQ. "rtn": round to nearest, needs no data. Or
     parts joined by "+", such as "qep+pivot+refine": ``qquant.methods`` names them, docs/methods.md says what each does.
     """
@@ -108,8 +108,9 @@ class QuantizeConfig(Strict):
     def _method_can_be_carried_out(self) -> Self:
         if not self.true_sequential and self.recipe.needs_exact_stream:
             raise ValueError(
-                f'method "{self.method}" compares with the original stage by stage, which needs true_sequential; '
-                "leave it on, or choose a method without qep, gptaq, residual and tune"
+                f'method "{self.method}" compares with the original stage by stage, which needs true_sequential; leave '
+                "it on (no --one-pass), or choose a method without qep, gptaq, residual and tune: the most accurate is "
+                f'"{best_without("qep", "residual")}"'
             )
         if self.static_groups and self.clip == "loop":
             raise ValueError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from qquant.methods import Order
 
 _PANEL = 256  # rows that are gathered at a time
 _LEAF = 256  # side of the triangles that are inverted by substitution
-_CORNER = 128  # side of what is factorized at once: MKL's result depends on the number of threads from 192 on
+_CORNER = 128  # side of what is factorized at once
 _ESCALATIONS = 3  # damping is raised tenfold at most this often
 _PIVOT_DAMP = 0.01  # share of the mean diagonal under which pivots are not told apart
 
@@ -119,9 +122,10 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
             rows = hessian.index_select(0, backwards[start : start + _PANEL])
             torch.index_select(rows, 1, backwards, out=lower[start : start + _PANEL])
         lower.diagonal().copy_((diagonal + damp * mean)[backwards])
-        if _factorize(lower):
-            _invert_lower(lower)
-            return lower, damp, escalation
+        with _one_thread():
+            if _factorize(lower):
+                _invert_lower(lower)
+                return lower, damp, escalation
     raise NumericError(
         f"a Hessian must become positive definite by damping, but failed up to damp_percent {damp:g}; "
         "give more or more varied calibration data, or leave this module out"
@@ -145,11 +149,19 @@ def times_inverse(matrix: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def _factorize(matrix: Tensor) -> bool:
-    """Replace a matrix by its lower Cholesky factor; False, and no sound content, if it is not positive definite.
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Triangular solves, and products of odd sides, round otherwise with another number of threads: they get one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    By blocks of columns: LAPACK's result for a whole matrix changes with the number of threads, products do not.
-    """
+
+def _factorize(matrix: Tensor) -> bool:
+    """Replace a matrix by its lower Cholesky factor; False, and no sound content, if it is not positive definite."""
     size = matrix.shape[0]
     for start in range(0, size, _CORNER):
         end = min(start + _CORNER, size)

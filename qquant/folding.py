@@ -38,7 +38,7 @@ TOKENS = 8192
 """Tokens that scales are chosen by."""
 
 _FARTHEST = 12  # largest exponent of two
-_ROWS = 256  # of a linear that scales are judged by
+_ROWS = 256  # of a linear that scales are judged by, at least, where it has them
 _SHRINK_FACTORS = (1.0, 0.9, 0.8, 0.7)
 # The linear whose last rows are the values, and the MLP's branch without an activation, by the linear that reads them.
 _VALUES = {"self_attn.o_proj": "self_attn.v_proj", "attn.c_proj": "attn.c_attn"}
@@ -298,7 +298,7 @@ def orthogonal(size: int) -> Tensor:
 
 
 def rounding_error(weight: Tensor, factors: Tensor, power: Tensor, config: QuantizeConfig) -> float:
-    """What rounding ``weight * factors`` to nearest costs the outputs, up to 256 rows, per row of all.
+    """What rounding ``weight * factors`` to nearest costs the outputs: that of 256 to 511 of them, times all by these.
 
     Each group's range is the best of a few; inputs count by their power, as if they came independently.
 

@@ -296,10 +296,11 @@ def quantizing_bytes(
 ) -> tuple[int, int]:
     """What making a checkpoint takes: bytes on the device that computes, and in the machine's memory beside a GPU.
 
-    The largest of three moments. Before the first block: the embedding and the activations of all samples. In the last
-    stage of a block: the block, those activations, and a Hessian and its inverse in float32 with the weights that share
-    it. At the end, when the written folder is proven: the embedding and the output projection of both models, and the
-    logits of one sample from each. See ``walk.Walk``, ``solver.solve``, ``gptq.quantize_checkpoint``.
+    By a method that neither compares with the original nor takes gradients, such as "gptq". The largest of three
+    moments. Before the first block: the embedding and the activations of all samples. In the last stage of a block: the
+    block, those activations, and a Hessian and its inverse in float32 with the weights that share it. At the end, when
+    the written folder is proven: the embedding and the output projection of both models, and the logits of one sample
+    from each. See ``walk.Walk``, ``solver.solve``, ``gptq.quantize_checkpoint``.
 
     Args:
         shapes: of the model.

@@ -49,8 +49,8 @@ def quantize_command(
     n_samples: Annotated[int, typer.Option("--n-samples", help="Calibration samples.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
     method: Annotated[
-        str, typer.Option(help="best; fast: plain GPTQ; rtn: round to nearest, no data; or parts, as qep+pivot+refine.")
-    ] = "gptq",
+        str, typer.Option(help="best; gptq or fast: less time; rtn: nearest, no data; or parts, as qep+pivot+refine.")
+    ] = "best",
     desc_act: Annotated[bool, typer.Option("--desc-act", help="Act-order; readers then need g_idx.")] = False,
     static_groups: Annotated[bool, typer.Option("--static-groups", help="Fit grids first; no g_idx.")] = False,
     group_aware: Annotated[
@@ -251,7 +251,10 @@ def _read_samples(
     if not data and needed:
         raise UsageError("a size or KL target is met by measuring, which needs calibration data; give --data")
     if not data:
-        raise UsageError("gptq needs calibration data, got no --data; give a text or JSON file, or choose --method rtn")
+        raise UsageError(
+            f'method "{config.method}" needs calibration data, got no --data; give a text or JSON file, or choose '
+            "--method rtn"
+        )
     sources = parse_sources(data)
     with tokenizer_folder(folder, adapter) as place:
         tokenizer = load_tokenizer(place)

@@ -92,24 +92,40 @@ def known_methods() -> list[str]:
     return [*_PRESETS, *_PARTS]
 
 
+def best_without(*parts: str) -> str:
+    """What "best" is made of, less some parts by name: the most accurate method where those cannot be carried out."""
+    return "+".join(part for part in _PRESETS["best"].split("+") if part.partition(":")[0] not in parts)
+
+
 @cache
 def recipe_of(method: str) -> Recipe:
     """What a method's name stands for.
 
     Args:
         method: "fast", "best", or parts joined by "+", such as "qep+pivot+clip-loop+refine". Parts that have a
-            strength or a count take it behind a colon: "qep:0.5", "refine:3". What is not named is as in "gptq".
+            strength or a count take it behind a colon: "qep:0.5", "refine:3". What is not named is as in "gptq", or
+            as in "fast" or "best" where the name begins with that: "best+refine:4".
 
     Raises:
         UsageError: an unknown name, two parts for the same thing, a number that is out of range, or parts that do
             not go together.
     """
+    first, _, more = method.partition("+")
+    if first in _PRESETS:
+        return _recipe(method, more.split("+") if more else [], recipe_of(_PRESETS[first]))
+    return _recipe(method, method.split("+"), Recipe())
+
+
+def _recipe(method: str, parts: list[str], begun: Recipe) -> Recipe:
+    """A recipe in which some parts are replaced."""
     found: dict[str, object] = {}
     named: dict[str, str] = {}
-    for part in _PRESETS.get(method, method).split("+"):
+    for part in parts:
         name, colon, number = part.partition(":")
         if name not in _PARTS:
-            hint = f"{name} stands alone" if name in _PRESETS else f"known: {', '.join(known_methods())}"
+            hint = (
+                f"{name} comes first, without a number" if name in _PRESETS else f"known: {', '.join(known_methods())}"
+            )
             raise UsageError(f"a method is one of these names or several joined by '+', got {part!r}; {hint}")
         slot, value = _PARTS[name]
         if slot in named:
@@ -117,7 +133,7 @@ def recipe_of(method: str) -> Recipe:
         named[slot], found[slot] = part, value
         if colon:
             found[(_SHARES | _COUNTS).get(name, "")] = _number(name, number)
-    recipe = replace(Recipe(), **found)  # type: ignore[arg-type]
+    recipe = replace(begun, **found)  # type: ignore[arg-type]
     _check(recipe, method)
     return replace(recipe, refine=2) if recipe.output and not recipe.refine else recipe
 
@@ -132,7 +148,8 @@ def _number(name: str, text: str) -> float | int:
     if name in _COUNTS and 1 <= value <= 1000:
         return value
     rule = {**dict.fromkeys(_SHARES, "a share above 0 and up to 1"), **dict.fromkeys(_COUNTS, "1 to 1000 passes")}
-    raise UsageError(f"{name} takes {rule.get(name, 'no number')}, got {text!r}; write for example {name}")
+    example = name + (":0.5" if name in _SHARES else ":3" if name in _COUNTS else "")
+    raise UsageError(f"{name} takes {rule.get(name, 'no number')}, got {text!r}; write for example {example}")
 
 
 def _check(recipe: Recipe, method: str) -> None:

@@ -161,8 +161,8 @@ def _quantizing_section(plan: Plan) -> list[str]:
     ]
     head = ("weights", "group", *(("RAM", "disk") if plan.device == "cpu" else ("card", "RAM", "disk")))
     said = (
-        f"From disk, one block at a time, {first.samples} samples of {first.seq_len_tokens} tokens. Python and torch "
-        f"come on top. {_SAID[unit]}"
+        f"From disk, one block at a time, {first.samples} samples of {first.seq_len_tokens} tokens, method gptq; best "
+        f"takes more (docs/plan.md). Python and torch come on top. {_SAID[unit]}"
     )
     return ["## Quantizing it", said, table(head, body)]
 

@@ -18,7 +18,7 @@ from qquant.errors import NumericError, UsageError
 from qquant.factor import column_order, factor_rows, inverse_factor, times_inverse
 from qquant.moments import Moments
 from qquant.packing import in_order
-from qquant.refinement import OUTPUT_DAMP, RowRounder, damped, refine
+from qquant.refinement import RowRounder, balanced, refine
 
 _ERROR_ROWS = 64  # rows that the reported error is measured on
 
@@ -118,7 +118,7 @@ def solve(
     feedback = mismatch_feedback(known.mismatch, inverse, order, recipe.strength) if recipe.base == "gptaq" else None
     outputs = None
     if recipe.output and known.outputs is not None:
-        outputs = damped(known.outputs.to(hessian.dtype), OUTPUT_DAMP)
+        outputs = balanced(known.outputs.to(hessian.dtype))
     rounder = None if outputs is None else RowRounder(outputs, hessian.dtype)
     codes, scales, zeros = _quantize_columns(
         target, hessian, inverse, order, group_of, config, size, block_size, feedback, rounder

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qquant.capture import BlockSource, Stream, discover_stages, first_output, input_of, inputs_seen
+from qquant.capture import BlockSource, Stream, check_finite, discover_stages, first_output, input_of, inputs_seen
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import NumericError, QquantError
 from qquant.folding import TOKENS as SCALING_TOKENS
@@ -26,6 +26,7 @@ from qquant.models.layouts import Unit, block_list, linears
 from qquant.moments import CrossMoment, Hessian, Moments
 from qquant.refinement import OUTPUT_DAMP, damped
 from qquant.solver import Solution, relative_error, solve
+from qquant.telling import say_once
 from qquant.tuning import Lesson, tuned_scales
 
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
@@ -124,7 +125,7 @@ class Walk:
                     self._unit(block, prefix, unit, stream, exact, calls)
             if exact is not None and self.config.recipe.tune:
                 self._tune(block, prefix, entering, stream, exact, calls)
-            _check_finite(stream, prefix)
+            check_finite(stream.hidden, prefix)
             self.source.release(index)
             return_unused_memory()
 
@@ -196,6 +197,12 @@ class Walk:
         def run(hidden: Tensor, i: int) -> Tensor:
             return first_output(block(hidden, **calls[i]))
 
+        if self.config.recipe.residual:
+            say_once(
+                "what earlier errors did to the residual stream is not made up for (residual): which linears of this "
+                f'family write into it is not known; of method "{self.config.method}" the rest is done',
+                key="no residual",
+            )
         stages = discover_stages(block, prefix, lambda: run(stream.hidden[0], 0))
         if self.config.true_sequential:
             for stage in stages:
@@ -376,9 +383,3 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 def _side(outputs: Tensor | None) -> int:
     """Outputs that are weighted together; 0 where none are weighted."""
     return 0 if outputs is None else outputs.shape[1]
-
-
-def _check_finite(stream: Stream, prefix: str) -> None:
-    for i, hidden in enumerate(stream.hidden):
-        if not bool(torch.isfinite(hidden).all()):
-            raise NumericError(f"activations must be finite, got NaN or Inf after {prefix} (calibration sample {i})")

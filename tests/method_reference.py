@@ -124,18 +124,16 @@ def refit_slowly(
     found = best_scales(target, codes, zeros, metric, size).half().double()
     ratio = found / scales
     found = torch.where((ratio > 0.5) & (ratio < 2), found, scales)
-    if outputs is not None:
-        before = objective(target, values_of(codes, scales, zeros, size), metric)
-        return found if objective(target, values_of(codes, found, zeros, size), metric) < before else scales
-    result = scales.clone()
-    for row in range(rows):
-        part = slice(row, row + 1)
+    result, side = scales.clone(), 1 if outputs is None else outputs.shape[1]
+    for start in range(0, rows, side):  # rows that see one another
+        part = slice(start, start + side)
+        block = None if outputs is None else outputs[start // side][None]
+        metric = whole_metric(hessian, block, side)
         before, after = (
-            objective(target[part], values_of(codes[part], s[part], zeros[part], size), hessian)
-            for s in (scales, found)
+            objective(target[part], values_of(codes[part], s[part], zeros[part], size), metric) for s in (scales, found)
         )
         if after < before:
-            result[row] = found[row]
+            result[part] = found[part]
     return result
 
 
@@ -190,8 +188,10 @@ def solve_slowly(layer: Layer, config: QuantizeConfig, side: int | None = None) 
     outputs = None
     if recipe.output and moments.outputs is not None:
         outputs = moments.outputs.clone()
-        mean = outputs.diagonal(dim1=1, dim2=2).mean()
-        outputs.diagonal(dim1=1, dim2=2).add_(OUTPUT_DAMP * mean)
+        for number, block in enumerate(outputs):
+            mean = float(block.diagonal().mean())
+            outputs[number] = block / mean if mean else torch.eye(len(block)).double()
+            outputs[number].diagonal().add_(OUTPUT_DAMP)
     found = gptq_slowly(
         target,
         moments.inputs,

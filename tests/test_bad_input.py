@@ -105,7 +105,7 @@ def test_a_weight_that_is_not_finite(place: Path, name: str, value: float) -> No
     check(place, MODEL, f"weights must be finite, {name}", lambda: run(place))
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["best", "gptq", "rtn"])
 def test_activations_that_overflow(place: Path, method: str) -> None:
     def enlarge(tensors: dict[str, Tensor]) -> None:
         for part in ("gate_proj", "up_proj"):

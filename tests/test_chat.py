@@ -277,7 +277,7 @@ def test_a_format_can_be_forced_only_where_it_belongs(base_models: dict[str, Pat
 @pytest.fixture(scope="module")
 def quantized(qwen_v1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("chat") / "int4"
-    quantize_checkpoint(qwen_v1, samples_from_ids([list(range(40))]), QuantizeConfig(group_size=32), out)
+    quantize_checkpoint(qwen_v1, samples_from_ids([list(range(40))]), QuantizeConfig(method="gptq", group_size=32), out)
     return out
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -210,6 +211,25 @@ def test_the_checkpoint_is_that_of_quantize_model(tiny_qwen2: Path, saved: Path,
     qquant.quantize_model(model, samples(), QuantizeConfig(bits=4, group_size=32))
     model.save_pretrained(tmp_path / "memory")
     assert_same_tensors(saved, tmp_path / "memory")
+
+
+def test_channels_that_were_rescaled_are_saved_as_quantize_checkpoint_stores_them(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The default method scales a strong channel of a norm down and the columns that read it up."""
+    folder, norm = tmp_path / "m", "model.layers.0.input_layernorm.weight"
+    shutil.copytree(tiny_llama, folder)
+    strong = load_file(folder / "model.safetensors")
+    strong[norm][3] *= 64
+    for leaf in "qkv":
+        strong[f"model.layers.0.self_attn.{leaf}_proj.weight"][:, 3] /= 64
+    save_file(strong, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folder)
+    model.quantize(examples())
+    model.save_quantized(tmp_path / "ours")
+    qquant.quantize_checkpoint(folder, samples(), QuantizeConfig(bits=4, group_size=32), tmp_path / "disk")
+    assert_same_tensors(tmp_path / "ours", tmp_path / "disk")
+    assert not torch.equal(tensors(tmp_path / "ours")[norm], strong[norm])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

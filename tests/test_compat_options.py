@@ -107,7 +107,6 @@ MEANINGS: dict[str, dict[str, Any]] = {
     "act_order": {"desc_act": True},
     "static_groups": {"desc_act": True, "static_groups": True},
     "asymmetric": {"sym": False},
-    "one_pass": {"true_sequential": False},
     "damping": {"damp_percent": 0.1},
 }
 
@@ -115,6 +114,46 @@ MEANINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", list(MEANINGS.values()), ids=list(MEANINGS))
 def test_every_field_means_what_ours_means(change: dict[str, Any]) -> None:
     assert BaseQuantizeConfig(**PLAIN | change).to_qquant() == QuantizeConfig(**PLAIN | change)
+
+
+def test_one_pass_is_done_by_what_it_allows_of_best_and_that_is_said(
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = BaseQuantizeConfig(**PLAIN | {"true_sequential": False})
+    method = "awq+gar+clip-weight+signed+output+refine:2"
+    assert config.to_qquant() == QuantizeConfig(**PLAIN, method=method, true_sequential=False)
+    model = AutoGPTQForCausalLM.from_pretrained(tiny_llama, config, device_map="cpu")
+    assert caplog.text == ""
+    model.quantize(examples(2))
+    assert caplog.text.count("true_sequential=False leaves out what compares with the original") == 1
+
+
+def test_a_script_under_inference_mode_gets_the_same_codes(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The default method takes gradients, which inference mode forbids; AutoGPTQ itself quantized under it."""
+    model, plain = load(tiny_llama), load(tiny_llama)
+    with torch.inference_mode():
+        model.generate(input_ids=torch.arange(4)[None], max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        batch = examples(4)
+        batch[0]["attention_mask"][:5] = 0
+        model.quantize(batch)
+    other = examples(4)
+    other[0]["attention_mask"][:5] = 0
+    plain.quantize(other)
+    assert caplog.text == ""
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(tensor, model.model.state_dict()[name]), name
+
+
+def test_weights_made_under_inference_mode_go_without_gradients_and_that_is_said(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.inference_mode():
+        model = load(tiny_llama).to(torch.bfloat16)
+    model.quantize(examples(2))
+    assert caplog.text.count("forbids gradients") == 1
+    model.save_quantized(tmp_path / "q")
+    chosen = json.loads((tmp_path / "q" / "manifest.json").read_text())["config"]["method"]
+    assert chosen == "awq+qep+residual:0.5+gar+clip-weight+signed+refine:2"
 
 
 def test_defaults_are_auto_gptqs() -> None:

@@ -92,14 +92,15 @@ def test_mismatch_feedback_is_the_definitions() -> None:
         assert (found[q, : q + 1] == 0).all()
 
 
-@pytest.mark.parametrize("columns", [100, 300, 640])
-def test_factors_do_not_depend_on_threads(columns: int) -> None:
-    """LAPACK's own factorization of so many columns does."""
-    hessian = hessian_of(columns).float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("columns", [100, 148, 172, 268, 640, 1000])
+def test_factors_do_not_depend_on_threads(columns: int, dtype: torch.dtype) -> None:
+    """LAPACK's own factorization of so many columns does, and triangular solves of these do."""
+    hessian = hessian_of(columns).to(dtype)
     order, dead = torch.arange(columns), torch.zeros(columns, dtype=torch.bool)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             found.append(inverse_factor(hessian, order, dead, 0.01)[0])
     finally:

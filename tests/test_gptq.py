@@ -182,7 +182,7 @@ def test_a_layer_that_is_written_wrongly_is_never_published(
 
     monkeypatch.setattr(ShardWriter, "write", broken)
     samples = samples_from_ids(torch.randint(0, VOCAB, (2, 32), generator=torch.Generator().manual_seed(0)))
-    config = QuantizeConfig(group_size=32, sym=False)
+    config = QuantizeConfig(method="gptq", group_size=32, sym=False)
     with pytest.raises(NumericError, match="logits of the walk"):
         qquant.quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "q", dtype=dtype)
     assert list(tmp_path.iterdir()) == []

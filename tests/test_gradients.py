@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qquant
-from qquant import gradients, refinement
+from qquant import gradients, refinement, telling
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.capture import Stream, capture
 from qquant.config import QuantizeConfig
@@ -75,7 +75,7 @@ def autograd_gradients(model: Any, samples: list[Sample], seed: int = 0) -> dict
         for hook in hooks:
             hook.remove()
         pieces = scores.detach().exp().split(gradients._HEAD_TOKENS)
-        labels = torch.cat([torch.multinomial(piece, 1, generator=generator) for piece in pieces])
+        labels = torch.cat([gradients.drawn_labels(piece, generator) for piece in pieces])
         loss = -scores.gather(1, labels)[:, 0][sample.mask].sum()
         slopes = torch.autograd.grad(loss, list(outputs.values()))
         for name, slope in zip(outputs, slopes, strict=True):
@@ -123,7 +123,7 @@ def test_tokens_that_do_not_count_add_nothing(tiny_qwen2: Path) -> None:
 @pytest.fixture
 def likeliest_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels do not depend on chance, so that moments of different calls can be compared."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(1, keepdim=True))
+    monkeypatch.setattr(gradients, "drawn_labels", lambda p, generator: p.argmax(1, keepdim=True))
 
 
 @pytest.mark.usefixtures("likeliest_labels")
@@ -148,6 +148,15 @@ def test_about_so_many_tokens_are_used_in_samples_spread_evenly(tiny_qwen2: Path
     some = moments_of(model, samples, tokens=30)
     assert_moments_of(some, autograd_gradients(model, [samples[i] for i in (0, 3, 6)]))
     assert_moments_of(moments_of(model, samples, tokens=1), autograd_gradients(model, samples[:1]))
+
+
+def test_a_label_comes_as_often_as_its_probability() -> None:
+    """Each count is binomial: five standard deviations leave one chance in a million for each of few entries."""
+    wanted, count = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0]), 20000
+    drawn = gradients.drawn_labels(wanted.repeat(count, 1), torch.Generator().manual_seed(3))
+    found = torch.bincount(drawn[:, 0], minlength=len(wanted)) / count
+    assert drawn.shape == (count, 1)
+    assert ((found - wanted).abs() <= 5 * (wanted * (1 - wanted) / count).sqrt()).all()
 
 
 def test_labels_are_drawn_by_the_seed(tiny_qwen2: Path) -> None:
@@ -192,6 +201,15 @@ def test_gradients_that_are_not_finite_are_one_clear_error(tiny_qwen2: Path, mon
     monkeypatch.setattr(gradients, "_head_slope", lambda source, hidden, *_: torch.full_like(hidden, 1e30))
     with pytest.raises(NumericError, match=r"gradients must be finite.*model\.layers\.1\..*float32"):
         moments_of(model, some_samples(12))
+
+
+def test_outputs_that_no_block_divides_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    telling.said.clear()
+    for outputs in (514, 514, 12, 688):
+        gradients._Blocks(nn.Linear(2, outputs))
+    assert caplog.text.count("for 514 outputs is 2: `output` gains little there") == 1
+    assert "for 12 outputs" not in caplog.text
+    assert "for 688 outputs" not in caplog.text
 
 
 def test_under_inference_mode_it_says_what_to_do(tiny_qwen2: Path) -> None:

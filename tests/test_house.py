@@ -134,7 +134,7 @@ FLOORS = {
         "cache_room",
         "affine",
         "factor",
-        "descent_torch",
+        "descent_numpy",
         "moments",
         "allocation",
         "packing",

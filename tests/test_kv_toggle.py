@@ -186,7 +186,7 @@ def test_a_plain_checkpoint_is_loaded_with_the_cache_switched_on(tiny_qwen2: Pat
 def quantized_copy(folder: Path, out: Path) -> Path:
     samples = [IDS[0].repeat(4), IDS[1].repeat(4)]
     model = load(folder)
-    config = qquant.QuantizeConfig(bits=4, group_size=32)
+    config = qquant.QuantizeConfig(method="gptq", bits=4, group_size=32)
     qquant.quantize_model(
         model, [qquant.Sample(one, torch.ones_like(one, dtype=torch.bool)) for one in samples], config
     )

@@ -99,6 +99,18 @@ def test_an_unknown_family_is_found_by_its_structure(family: str) -> None:
     assert find_layout(skeleton(family, **BY_STRUCTURE[family]), family) == Layout("model.layers", None)
 
 
+def test_a_family_found_by_structure_says_once_which_parts_of_the_method_it_goes_without(
+    checkpoint: Factory, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qquant.telling.said", set())
+    folder, samples = checkpoint("olmo2"), samples_from_ids([list(range(24))])
+    quantize_checkpoint(folder, samples, QuantizeConfig(method="gptq", group_size=32), tmp_path / "plain")
+    assert caplog.text == ""
+    quantize_checkpoint(folder, samples, QuantizeConfig(group_size=32), tmp_path / "out")
+    assert caplog.text.count("not folded") == 1
+    assert caplog.text.count("(residual)") == 1
+
+
 @pytest.mark.parametrize("family", list(BY_STRUCTURE))
 def test_a_family_found_by_structure_is_quantized_end_to_end(checkpoint: Factory, tmp_path: Path, family: str) -> None:
     """quantize_checkpoint compares what it wrote with what it walked, so finishing is the proof."""

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qquant import refinement
 from qquant.affine import choose_qparams, dequantize, quantize, search_qparams
 from qquant.config import QuantizeConfig
 from qquant.errors import UsageError
 from qquant.factor import inverse_factor
-from qquant.methods import Recipe, known_methods, recipe_of
+from qquant.methods import Recipe, best_without, known_methods, recipe_of
 from qquant.moments import Moments
 from qquant.solver import corrected_target, solve
 from tests.method_reference import make_layer, solve_slowly, target_by_least_squares
@@ -55,6 +56,12 @@ OUTPUT_CASES: dict[str, dict[str, Any]] = {
     "best desc_act": {"method": "best", "desc_act": True},
     "best int3 row": {"method": "best", "bits": 3, "group_size": -1},
 }
+
+
+@pytest.fixture(autouse=True)
+def exact_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps of conjugate gradients as rows that see one another have scales: then they are exact."""
+    monkeypatch.setattr(refinement, "_CONJUGATE_STEPS", 8)
 
 
 def assert_same(layer: Any, options: dict[str, Any], side: int | None = None) -> None:
@@ -251,6 +258,12 @@ def test_a_name_stands_for_its_parts(name: str, expected: Recipe) -> None:
     assert recipe_of(name) == expected
 
 
+def test_parts_behind_a_preset_replace_its_own() -> None:
+    assert recipe_of("best+refine:4+clip-loop") == replace(recipe_of("best"), refine=4, clip="loop")
+    assert recipe_of("best+gptq") == replace(recipe_of("best"), base="gptq")
+    assert recipe_of("fast+signed") == replace(recipe_of("fast"), signed=True)
+
+
 @pytest.mark.parametrize("name", known_methods())
 def test_every_known_name_is_a_method_or_a_part_of_one(name: str) -> None:
     recipe = recipe_of("gptq+" + name if name.startswith("clip") else name)
@@ -265,9 +278,10 @@ def test_every_known_name_is_a_method_or_a_part_of_one(name: str) -> None:
     ("gptq+", "got ''"),
     ("GPTQ", "got 'GPTQ'"),
     ("gptq + refine", "got 'gptq '"),
-    ("best+refine", "best stands alone"),
-    ("refine+best", "best stands alone"),
-    ("best:2", "best stands alone"),
+    ("refine+best", "best comes first, without a number"),
+    ("fast+best", "best comes first"),
+    ("best:2", "best comes first, without a number"),
+    ("best+refine+refine:3", "names both refine and refine:3"),
     ("gptq+qep", "names both gptq and qep; keep one"),
     ("qep+gptaq", "names both qep and gptaq"),
     ("pivot+gar", "names both pivot and gar"),
@@ -325,6 +339,17 @@ def test_one_pass_does_not_go_with_a_method_that_compares_with_the_original(meth
     with pytest.raises(UsageError, match=r"true_sequential.*leave it on"):
         QuantizeConfig.from_dict({"method": method, "true_sequential": False})
     QuantizeConfig(method="gptq+refine+output", true_sequential=False)
+
+
+def test_the_most_accurate_is_the_default_and_one_pass_is_told_what_is_left_of_it() -> None:
+    assert QuantizeConfig().method == "best"
+    with pytest.raises(UsageError, match=r"the most accurate is \"awq\+gar.*\"") as caught:
+        QuantizeConfig.from_dict({"true_sequential": False})
+    left = str(caught.value).split('"')[-2]
+    assert left == best_without("qep", "residual")
+    assert not QuantizeConfig(method=left, true_sequential=False).recipe.needs_exact_stream
+    assert recipe_of(best_without()) == recipe_of("best")
+    assert recipe_of(left) == replace(recipe_of("best"), base="gptq", residual=0.0)
 
 
 @pytest.mark.parametrize("options", [{"method": "gptq+clip-loop"}, {"clip_search": "loop"}], ids=["part", "option"])

@@ -65,7 +65,7 @@ def bits(request: pytest.FixtureRequest) -> Bits:
 
 @pytest.fixture(scope="module")
 def settings(bits: Bits) -> qquant.QuantizeConfig:
-    return qquant.QuantizeConfig(bits=bits, group_size=GROUP)
+    return qquant.QuantizeConfig(method="gptq", bits=bits, group_size=GROUP)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 from qquant import _native, refinement, telling
 from qquant.affine import quantize, search_qparams
 from qquant.config import QuantizeConfig
-from qquant.refinement import OUTPUT_DAMP, RowRounder, block_side, damped, descend, refine, refit_scales
+from qquant.refinement import OUTPUT_DAMP, RowRounder, balanced, block_side, damped, descend, refine, refit_scales
 from qquant.solver import solve
 from tests import method_reference
 from tests.method_reference import (
@@ -56,7 +56,7 @@ def problem(
         "scales": scale.reshape(rows, -1),
         "zeros": zero.reshape(rows, -1),
         "hessian": damped(moments.inputs, 0.01),
-        "outputs": damped(moments.outputs, OUTPUT_DAMP) if side else None,
+        "outputs": balanced(moments.outputs) if side else None,
     }
 
 
@@ -109,7 +109,7 @@ def test_negative_scales_turn_the_step_round() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_refitted_scales_are_the_least_squares_ones_row_by_row(seed: int) -> None:
-    """Eight steps of conjugate gradients solve three unknowns per row exactly, so only float16 is left."""
+    """Three steps of conjugate gradients solve three unknowns per row exactly, so only float16 is left."""
     given = problem(seed=seed)
     found = refit_scales(**given)
     assert torch.equal(found, refit_slowly(**given))
@@ -141,7 +141,7 @@ def test_refitted_scales_come_as_close_to_least_squares_as_conjugate_gradients_d
     root = quadratic.diagonal().rsqrt()
     eigenvalues = torch.linalg.eigvalsh(root[:, None] * quadratic * root)
     condition = float(eigenvalues[-1] / eigenvalues[0]) ** 0.5
-    share = 2 * ((condition - 1) / (condition + 1)) ** 8
+    share = 2 * ((condition - 1) / (condition + 1)) ** refinement._CONJUGATE_STEPS
     least, before = loss(given, given["codes"], exact), loss(given, given["codes"], given["scales"])
     rounding = float(torch.linalg.eigvalsh(quadratic)[-1]) ** 0.5 * float((exact * 2.0**-11).norm()) * 1.01
     gap = loss(given, given["codes"], found) - least
@@ -295,6 +295,30 @@ def test_the_damping_of_outputs_is_the_references() -> None:
     assert torch.equal(damped(blocks, 0.5).diagonal(dim1=1, dim2=2), torch.tensor([[2.0, 2.0], [4.0, 4.0]]))
 
 
+def test_each_block_of_outputs_counts_by_itself_and_one_of_zeros_like_none() -> None:
+    """However small a block's gradients are: 1e-30 squared would be 0 in float32."""
+    blocks = torch.tensor([[[1.0, 0.5], [0.5, 3.0]]] * 3)
+    blocks[1] *= 1e-30
+    blocks[2] = 0
+    found = balanced(blocks)
+    expected = torch.tensor([[0.55, 0.25], [0.25, 1.55]])
+    torch.testing.assert_close(found[:2], expected.expand(2, 2, 2), rtol=1e-6, atol=0)
+    assert torch.equal(found[2], 1.05 * torch.eye(2))
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_blocks_of_outputs_do_not_see_one_another(changed: int) -> None:
+    given = problem(rows=12, side=6)
+    codes, scales = refine(**given, bits=4, passes=2)
+    other = {**given, "target": given["target"].clone(), "outputs": given["outputs"].clone()}
+    other["target"][6 * changed : 6 * changed + 6] *= 1.3
+    other["outputs"][changed] *= 7
+    again, refitted = refine(**other, bits=4, passes=2)
+    kept = slice(6, 12) if changed == 0 else slice(0, 6)
+    assert torch.equal(again[kept], codes[kept])
+    assert torch.equal(refitted[kept], scales[kept])
+
+
 @pytest.mark.parametrize("method", ["refine", "best"])
 def test_without_the_compiled_module_the_codes_are_the_same_and_it_is_said(
     method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -315,7 +339,3 @@ def test_the_switch_for_compiled_modules_takes_this_one_away() -> None:
         [sys.executable, "-c", code], env={"QQUANT_NATIVE": "0", "PATH": ""}, capture_output=True, text=True, check=True
     )
     assert done.stdout == "switched off by QQUANT_NATIVE=0\n"
-
-
-def test_steps_of_conjugate_gradients_are_what_the_tests_count_on() -> None:
-    assert refinement._CONJUGATE_STEPS == 8

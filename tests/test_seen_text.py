@@ -47,7 +47,7 @@ def int4(tiny_qwen2: Path, texts: dict[str, Path], tmp_path_factory: pytest.Temp
     ids = tokenizer.encode(texts["seen"].read_text(encoding="utf-8"), add_special_tokens=False)
     samples = samples_from_ids([ids[at : at + 200] for at in range(5, len(ids) - 1, 200)])
     out = tmp_path_factory.mktemp("quantized") / "int4"
-    quantize_checkpoint(tiny_qwen2, samples, QuantizeConfig(bits=4, group_size=32), out)
+    quantize_checkpoint(tiny_qwen2, samples, QuantizeConfig(method="gptq", bits=4, group_size=32), out)
     return out
 
 

@@ -59,7 +59,7 @@ def make_layer(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> tuple
 
 def config_of(options: dict[str, Any]) -> QuantizeConfig:
     """The searched clip is slow in the reference, so cases that are not about it switch it off."""
-    return QuantizeConfig(**{"clip_search": "off", **options})
+    return QuantizeConfig(**{"method": "gptq", "clip_search": "off", **options})
 
 
 def reference_options(options: dict[str, Any], columns: int) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_result_does_not_depend_on_the_block_size(options: dict[str, Any]) -> No
 def test_float32_objective_is_as_good_as_the_float64_one(seed: int) -> None:
     """Float32 may flip a code whose value lies on a rounding tie; the error it leaves must not grow for that."""
     weight, hessian = make_layer(rows=32, columns=128, seed=seed)
-    config = QuantizeConfig(bits=4, group_size=32)
+    config = QuantizeConfig(method="gptq", bits=4, group_size=32)
     exact = solve(weight, hessian, config)
     fast = solve(weight.float(), hessian.float(), config)
     assert (exact.codes != fast.codes).float().mean() < 0.01
@@ -135,7 +135,7 @@ def test_float32_objective_is_as_good_as_the_float64_one(seed: int) -> None:
 @pytest.mark.parametrize("sym", [True, False])
 def test_gptq_leaves_less_error_than_rounding(bits: Bits, sym: bool) -> None:
     weight, hessian = make_layer(rows=32, columns=128)
-    gptq = solve(weight, hessian, QuantizeConfig(bits=bits, group_size=32, sym=sym))
+    gptq = solve(weight, hessian, QuantizeConfig(method="gptq", bits=bits, group_size=32, sym=sym))
     nearest = solve(weight, None, QuantizeConfig(method="rtn", bits=bits, group_size=32, sym=sym))
 
     def output_error(solution: Solution) -> float:
@@ -156,7 +156,7 @@ def test_rounding_to_nearest_is_the_same_call_without_data() -> None:
 def test_every_scale_is_a_float16_value_and_every_zero_fits_v1() -> None:
     weight, hessian = make_layer()
     weight = weight.abs()  # all positive: the asymmetric zero would be 0, which v1 cannot store
-    solution = solve(weight, hessian, QuantizeConfig(bits=4, group_size=16, sym=False))
+    solution = solve(weight, hessian, QuantizeConfig(method="gptq", bits=4, group_size=16, sym=False))
     assert torch.equal(solution.scales.half().float(), solution.scales)
     assert solution.zeros.min() >= 1
     assert solution.zeros.max() <= 15
@@ -170,7 +170,7 @@ def test_every_scale_is_a_float16_value_and_every_zero_fits_v1() -> None:
 ])  # fmt: skip
 def test_only_plain_act_order_needs_g_idx(options: dict[str, Any], scattered: bool) -> None:
     weight, hessian = make_layer()
-    config = QuantizeConfig(bits=4, group_size=16, **options)
+    config = QuantizeConfig(method="gptq", bits=4, group_size=16, **options)
     g_idx = solve(weight, hessian, config).g_idx
     assert (not torch.equal(g_idx, torch.arange(COLUMNS).int() // 16)) == scattered == config.needs_g_idx
     assert torch.equal(g_idx.bincount(), torch.full((COLUMNS // 16,), 16))
@@ -190,7 +190,9 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
 
 def test_all_dead_layer_is_rounded_to_nearest() -> None:
     weight, _ = make_layer()
-    solution = solve(weight, torch.zeros(COLUMNS, COLUMNS).double(), QuantizeConfig(bits=4, group_size=32))
+    solution = solve(
+        weight, torch.zeros(COLUMNS, COLUMNS).double(), QuantizeConfig(method="gptq", bits=4, group_size=32)
+    )
     nearest = solve(weight.float(), None, QuantizeConfig(method="rtn", bits=4, group_size=32))
     assert solution.dead_columns == COLUMNS
     assert (solution.codes != nearest.codes).float().mean() < 0.01  # float32 and float64 differ only on ties
@@ -200,7 +202,9 @@ def test_damping_is_raised_and_recorded_when_the_hessian_is_indefinite() -> None
     weight, hessian = make_layer()
     values, vectors = torch.linalg.eigh(hessian)
     values[0] = -0.05 * hessian.diagonal().mean()
-    solution = solve(weight, vectors @ torch.diag(values) @ vectors.T, QuantizeConfig(bits=4, group_size=32))
+    solution = solve(
+        weight, vectors @ torch.diag(values) @ vectors.T, QuantizeConfig(method="gptq", bits=4, group_size=32)
+    )
     assert solution.damp_escalations == 1
     assert solution.damp_percent == pytest.approx(0.1)
 
@@ -208,7 +212,11 @@ def test_damping_is_raised_and_recorded_when_the_hessian_is_indefinite() -> None
 def test_a_hopeless_hessian_is_one_clear_error() -> None:
     weight, hessian = make_layer()
     with pytest.raises(NumericError, match="positive definite"):
-        solve(weight, hessian - 1000 * hessian.diagonal().mean() * torch.eye(COLUMNS), QuantizeConfig(group_size=32))
+        solve(
+            weight,
+            hessian - 1000 * hessian.diagonal().mean() * torch.eye(COLUMNS),
+            QuantizeConfig(method="gptq", group_size=32),
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -217,31 +225,31 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
     spoiled = weight.clone()
     spoiled[1, 1] = value
     with pytest.raises(NumericError, match="weights must be finite"):
-        solve(spoiled, hessian, QuantizeConfig(group_size=32))
+        solve(spoiled, hessian, QuantizeConfig(method="gptq", group_size=32))
     accumulator = Hessian(4)
     accumulator.add(torch.tensor([[1.0, value, 0.0, 0.0]]))
     with pytest.raises(NumericError, match="activations must be finite"):
         accumulator.finish()
     hessian[2, 2] = value
     with pytest.raises(NumericError, match="must be finite"):
-        solve(weight, hessian, QuantizeConfig(group_size=32))
+        solve(weight, hessian, QuantizeConfig(method="gptq", group_size=32))
 
 
 def test_a_group_size_that_does_not_divide_lists_the_divisors() -> None:
     weight, hessian = make_layer()
     with pytest.raises(UsageError, match=r"128 does not divide 96.*\[8, 12, 16, 24, 32, 48, 96\]"):
-        solve(weight, hessian, QuantizeConfig(group_size=128))
+        solve(weight, hessian, QuantizeConfig(method="gptq", group_size=128))
 
 
 def test_gptq_without_data_says_what_to_do() -> None:
     with pytest.raises(UsageError, match="needs calibration data"):
-        solve(torch.ones(8, 32), None, QuantizeConfig(group_size=32))
+        solve(torch.ones(8, 32), None, QuantizeConfig(method="gptq", group_size=32))
 
 
 def test_a_weight_too_large_for_float16_scales_is_refused() -> None:
     weight, hessian = make_layer()
     with pytest.raises(NumericError, match="float16"):
-        solve(weight * 1e8, hessian, QuantizeConfig(group_size=32))
+        solve(weight * 1e8, hessian, QuantizeConfig(method="gptq", group_size=32))
 
 
 def test_hessian_is_the_mean_outer_product_for_any_width() -> None:

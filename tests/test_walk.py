@@ -23,7 +23,7 @@ from qquant.walk import Walk
 from tests.conftest import VOCAB, Factory
 
 FAMILIES = ["qwen2", "qwen3", "llama", "mistral"]
-CONFIG = QuantizeConfig(bits=4, group_size=32)
+CONFIG = QuantizeConfig(method="gptq", bits=4, group_size=32)
 
 
 def some_samples(count: int = 6, length: int = 24) -> list[Sample]:
@@ -109,7 +109,7 @@ def test_table_and_structure_describe_the_same_walk(tiny_qwen2: Path) -> None:
 
 
 def test_one_pass_takes_every_hessian_from_the_original_block(tiny_qwen2: Path) -> None:
-    samples, config = some_samples(), QuantizeConfig(bits=4, group_size=32, true_sequential=False)
+    samples, config = some_samples(), QuantizeConfig(method="gptq", bits=4, group_size=32, true_sequential=False)
     original = load(tiny_qwen2)
     name = "model.layers.0.mlp.down_proj"
     x = inputs_of(original, name, samples)

@@ -25,17 +25,20 @@ from qquant.compat.script_inputs import (
     a_dtype,
     a_path,
     accept,
+    allows_gradients,
     one_device,
     refuse_contradictions,
     refuse_pickles,
     samples_of,
     say_no_remote_code,
+    say_one_pass,
     without_hub,
 )
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import UsageError
 from qquant.hf_plugin import check_keys, check_values, register
 from qquant.json_files import read_json, write_json
+from qquant.methods import best_without
 from qquant.quantizing import quantize_model
 from qquant.shards import weight_files
 from qquant.sources import StreamedModel, compute_dtype, read_config, resolve_folder
@@ -72,8 +75,12 @@ class BaseQuantizeConfig:
         """Refuse at once what would fail hours later."""
         self.to_qquant()
 
-    def to_qquant(self) -> QuantizeConfig:
-        """The same choice in our own terms; order of groups and range search are our defaults."""
+    def to_qquant(self, *, gradients: bool = True) -> QuantizeConfig:
+        """The same choice in our own terms, carried out by "best" or, where a field excludes parts of it, by the rest.
+
+        Args:
+            gradients: whether the model's weights allow any; ``output`` takes them.
+        """
         if self.is_marlin_format or self.awq_gemm_checkpoint or self.checkpoint_format != "gptq":
             raise UsageError(
                 "only the plain GPTQ format is written, got "
@@ -81,7 +88,10 @@ class BaseQuantizeConfig:
                 f"checkpoint_format={self.checkpoint_format!r}; leave them out, readers convert the plain files"
             )
         names = ("bits", "group_size", "damp_percent", "desc_act", "static_groups", "sym", "true_sequential")
-        return QuantizeConfig.from_dict({name: getattr(self, name) for name in names})
+        excluded = [] if self.true_sequential else ["qep", "residual"]
+        excluded += [] if gradients else ["output"]
+        method = {"method": best_without(*excluded)} if excluded else {}
+        return QuantizeConfig.from_dict({name: getattr(self, name) for name in names} | method)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of quantize_config.json."""
@@ -196,15 +206,18 @@ class BaseGPTQForCausalLM(nn.Module):
         if self._weights != "original":
             state = "is quantized already" if self.quantized else "was left half quantized by an error"
             raise UsageError(f"quantize needs the original weights, and this model {state}; call from_pretrained again")
-        config = self.quantize_config.to_qquant()
-        samples = samples_of(examples)
-        check_samples(samples, int(self.model.config.get_text_config().vocab_size))
-        self._weights = "half quantized"
-        try:
-            log = quantize_model(self.model, samples, config, on_module=_report)
-        except UsageError:  # raised before any weight is touched: the script may change quantize_config and go on
-            self._weights = "original"
-            raise
+        # AutoGPTQ itself quantized under inference_mode, so a script may; gradients are forbidden there.
+        with torch.inference_mode(False):
+            say_one_pass(self.quantize_config.true_sequential)
+            config = self.quantize_config.to_qquant(gradients=allows_gradients(self.model))
+            samples = samples_of(examples)
+            check_samples(samples, int(self.model.config.get_text_config().vocab_size))
+            self._weights = "half quantized"
+            try:
+                log = quantize_model(self.model, samples, config, on_module=_report)
+            except UsageError:  # raised before any weight is touched: the script may change quantize_config and go on
+                self._weights = "original"
+                raise
         self._weights = "quantized"
         self._run = Run(config, data_record(samples), log, str(self.model.dtype).removeprefix("torch."))
 

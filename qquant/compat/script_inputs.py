@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.errors import BadDataError, UsageError
@@ -169,6 +169,26 @@ def samples_of(examples: Iterable[Mapping[str, Any]]) -> list[Sample]:
         except BadDataError as error:
             raise BadDataError(f"example {index}: {error}") from error
     return samples
+
+
+def allows_gradients(model: nn.Module) -> bool:
+    """Whether gradients can be taken of a model; if not, a line says what the most accurate method goes without."""
+    allowed = not any(parameter.is_inference() for parameter in model.parameters())
+    if not allowed:
+        _log.warning(
+            "weights were made under torch.inference_mode(), which forbids gradients, so outputs are not weighted by "
+            "how much predictions feel them (output); load and convert the model outside for a more accurate result"
+        )
+    return allowed
+
+
+def say_one_pass(true_sequential: bool) -> None:
+    """Say what the most accurate method goes without if a script switches true_sequential off."""
+    if not true_sequential:
+        _log.warning(
+            "true_sequential=False leaves out what compares with the original model stage by stage (qep and residual); "
+            "True is more accurate"
+        )
 
 
 def a_path(call: str, value: Any) -> Path:

@@ -105,7 +105,7 @@ void round_rows(const T* weights, std::uint8_t* codes, const T* scales, const T*
   for (std::size_t i = 0; i < side; ++i) {
     const std::size_t row = first + std::size_t(order[first + i]);
     const T code = std::nearbyint(wanted[i] / scales[row]) + zeros[row];
-    const T kept = std::min(std::max(code, T(0)), T(top));  // NaN becomes 0
+    const T kept = code > T(0) ? std::min(code, T(top)) : T(0);  // NaN becomes 0, too
     codes[row] = std::uint8_t(kept);
     const T error = (wanted[i] - scales[row] * (kept - zeros[row])) / v[i * side + i];
     for (std::size_t k = i + 1; k < side; ++k) wanted[k] -= error * v[i * side + k];

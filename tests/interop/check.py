@@ -74,8 +74,8 @@ MORE_OF_OURS: list[tuple[str, list[str]]] = [
     ("Int4 group 32", ["--asym", "--group-size", "32"]),
     ("Int4 static act-order", ["--desc-act", "--static-groups"]),
     ("Int4 sharded", ["--max-shard-size", "0.002"]),
-    ("Int4 best", ["--method", "best"]),
-    ("Int8 best", ["--bits", "8", "--method", "best"]),
+    ("Int4 gptq", ["--method", "gptq"]),
+    ("Int8 fast", ["--bits", "8", "--method", "fast"]),
     ("Int4 one module skipped", ["--skip", SKIP_RULE]),
 ]
 MORE_OF_THEIRS: list[tuple[str, dict[str, Any]]] = [
