@@ -32,6 +32,8 @@ class Case:
     group_size: int = 128
     dtype: torch.dtype = torch.bfloat16
     half_scales: bool = True
+    negative_scales: bool = False
+    """Of half the groups, as method ``signed`` writes them."""
     with_zeros: bool = False
     with_order: bool = False
     with_bias: bool = False
@@ -72,6 +74,8 @@ def make(case: Case) -> Call:
     numbers = (case.panels, groups, linear_ops.PANEL_ROWS)
     words = torch.randint(-(2**31), 2**31, (case.panels, steps, linear_ops.PANEL_ROWS), generator=random)
     scales = (torch.rand(numbers, generator=random) + 0.5) * 2.0**-case.bits
+    if case.negative_scales:
+        scales = scales * (1 - 2 * torch.randint(0, 2, numbers, generator=random))
     levels = 2**case.bits
     order = None
     if case.with_order:
@@ -112,6 +116,7 @@ def drawn(activation_bits: int) -> st.SearchStrategy[Case]:
             group_size=groups,
             dtype=st.sampled_from(dtypes),
             half_scales=st.booleans(),
+            negative_scales=st.booleans(),
             with_zeros=st.booleans(),
             with_order=st.booleans(),
             with_bias=st.booleans(),

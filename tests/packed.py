@@ -56,6 +56,7 @@ def pack_by_hand(
     bits: int = 4,
     group_size: int = 32,
     sym: bool = True,
+    signed: bool = False,
     desc_act: bool = False,
     version: int = 1,
     scales_dtype: torch.dtype = torch.float16,
@@ -74,6 +75,8 @@ def pack_by_hand(
         groups = -(-rows // size)
         codes = torch.randint(0, 2**bits, (rows, columns), generator=draw)
         scales = ((torch.rand(groups, columns, generator=draw) + 0.5) * 0.2 / 2**bits).to(scales_dtype)
+        if signed:
+            scales *= 1 - 2 * torch.randint(0, 2, scales.shape, generator=draw)
         zeros = torch.full((groups, columns), 2 ** (bits - 1))
         if not sym:
             zeros = torch.randint(2 - version, 2**bits, (groups, columns), generator=draw)

@@ -40,6 +40,8 @@ class Case(NamedTuple):
     bias: bool = False
     half_scales: bool = True
     splits: int = 1
+    negative: bool = False
+    """Half of the scales are."""
 
 
 CASES = {
@@ -58,6 +60,8 @@ CASES = {
     "16_tokens": Case(16, (80,), 256, 128, zeros=True, splits=2),
     "17_tokens": Case(17, (48,), 256, 128, zeros=True, bias=True, half_scales=False),
     "33_tokens": Case(33, (32,), 256, 64, absent=3, splits=3),
+    "negative_scales": Case(3, (48, 7), 256, 64, zeros=True, bias=True, negative=True),
+    "negative_scales_of_16_tokens": Case(16, (32,), 256, 128, splits=2, negative=True),
     "64_tokens": Case(64, (16, 17), 128, 128, zeros=True, bias=True),
 }
 
@@ -103,6 +107,8 @@ def operands_of(case: Case, bits: int, dtype: torch.dtype, seed: int = 0) -> Ope
     steps, groups = case.columns * bits // 32, -(-case.columns // case.group)
     words = torch.randint(-(2**31), 2**31, (panels, steps, 16), generator=generator, dtype=torch.int64).int()
     scales = 0.01 * 10 ** torch.randn(panels, groups, 16, generator=generator).clamp(-1, 1)
+    if case.negative:
+        scales *= 1 - 2 * torch.randint(0, 2, scales.shape, generator=generator)
     zeros = torch.randint(0, 2**bits, (panels, groups, 16), generator=generator, dtype=torch.uint8)
     features = case.columns - (case.absent or 0)
     x = torch.randn(case.tokens, features, generator=generator)
@@ -258,7 +264,8 @@ def test_an_order_that_names_no_column_of_x_gives_nan_and_reads_nothing(emulator
 def test_unpacked_weights_have_the_bits_of_the_reference(
     columns: int, half_scales: bool, bits: int, dtype: torch.dtype, either_order: LinearEmulator
 ) -> None:
-    given = operands_of(Case(1, (32,), columns, 72, zeros=bits == 4, half_scales=half_scales), bits, dtype)
+    case = Case(1, (32,), columns, 72, zeros=bits == 4, half_scales=half_scales, negative=columns > 136)
+    given = operands_of(case, bits, dtype)
     arguments = (given.words, given.scales, given.zeros, bits, given.group_size, given.zero, dtype)
     assert torch.equal(either_order.weights(*arguments), linear_ops.weights_reference(*arguments))
 

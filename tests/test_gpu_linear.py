@@ -19,6 +19,7 @@ MORE_CASES = CASES | {
     "qwen_7b_down": Case(3, (4096,), 11008, 128, zeros=True),
     "qwen2.5_0.5b_gate_up": Case(8, (4864, 4864), 896, 128, zeros=True),
     "qwen2.5_0.5b_down": Case(12, (896,), 4864, 128, zeros=True, absent=0),
+    "qwen_7b_signed": Case(2, (4096,), 4096, 128, negative=True),
     "qwen_72b_rows": Case(64, (8192,), 24576, 128, half_scales=False),
     "nine_outputs": Case(2, (16, 24, 32, 7, 16, 16, 40, 16, 65), 256, 128, zeros=True, bias=True),
 }
@@ -60,7 +61,7 @@ def test_any_number_of_tokens(tokens: int) -> None:
 @pytest.mark.parametrize("columns", [72, 1024, 11008, 2060], ids=str)
 def test_unpacked_weights_have_the_bits_of_the_cpu(columns: int, bits: int, dtype: torch.dtype) -> None:
     columns -= columns % (32 // bits)
-    given = operands_of(Case(1, (64,), columns, 72, zeros=True), bits, dtype)
+    given = operands_of(Case(1, (64,), columns, 72, zeros=True, negative=columns > 1024), bits, dtype)
     want = linear_ops.weights_reference(given.words, given.scales, given.zeros, bits, 72, given.zero, dtype)
     moved = given.on_gpu()
     got = linear_ops.panel_weights(moved.words, moved.scales, moved.zeros, bits, 72, moved.zero, dtype)

@@ -37,6 +37,7 @@ class Linear:
 
     bits: int = 4
     group_size: int = 32
+    negative_scales: bool = False
     with_zeros: bool = False
     with_order: bool = False
     with_bias: bool = False
@@ -122,10 +123,9 @@ def stages(columns: tuple[int, ...]) -> st.SearchStrategy[tuple[Linear, ...]]:
         def sized(bits: int) -> st.SearchStrategy[Linear]:
             per = 32 // bits
             group = st.one_of(st.sampled_from([8, 32, 64, 128]), st.integers(1, columns // per).map(lambda n: n * per))
-            fields: dict[str, Any] = dict.fromkeys(("with_zeros", "with_order", "with_bias"), st.booleans())
-            return st.builds(
-                Linear, bits=st.just(bits), group_size=group, activation_bits=st.sampled_from([0, 8]), **fields
-            )
+            flags = ("negative_scales", "with_zeros", "with_order", "with_bias")
+            fields: dict[str, Any] = {**dict.fromkeys(flags, st.booleans()), "activation_bits": st.sampled_from([0, 8])}
+            return st.builds(Linear, bits=st.just(bits), group_size=group, **fields)
 
         return st.sampled_from([4, 8]).flatmap(sized)
 

@@ -34,6 +34,10 @@ LAYERS: dict[str, dict[str, Any]] = {
     "int8 asym desc_act": {"bits": 8, "group_size": 16, "sym": False, "scatter": True},
     "int3 g32": {"bits": 3, "group_size": 32, "rows": 96},
     "int2 asym row": {"bits": 2, "group_size": -1, "sym": False},
+    "int4 signed": {"bits": 4, "group_size": 32, "signed": True},
+    "int3 signed desc_act": {"bits": 3, "group_size": 32, "signed": True, "scatter": True},
+    "int2 signed": {"bits": 2, "group_size": 32, "signed": True},
+    "int8 signed": {"bits": 8, "group_size": 64, "signed": True},
     "int4 v2": {"bits": 4, "group_size": 32, "sym": False, "version": 2},
     "int4 no bias": {"bits": 4, "group_size": 32, "bias": False},
 }
@@ -57,6 +61,7 @@ def make_layer(
     version: int = 1,
     bias: bool = True,
     kernel: str = "reference",
+    signed: bool = False,
     seed: int = 0,
 ) -> tuple[QuantLinear, Tensor, Tensor | None]:
     """A random layer with the weight and bias it stands for, in float64; the weight is made without packing."""
@@ -65,6 +70,8 @@ def make_layer(
     groups = -(-columns // size)
     codes = torch.randint(0, 2**bits, (rows, columns), generator=draw)
     scales = (torch.rand(rows, groups, generator=draw) * 0.01 + 0.002).half()
+    if signed:
+        scales *= 1 - 2 * torch.randint(0, 2, scales.shape, generator=draw)
     zeros = torch.full((rows, groups), 2 ** (bits - 1))
     if not sym:
         zeros = torch.randint(2 - version, 2**bits, (rows, groups), generator=draw)
@@ -191,15 +198,17 @@ def test_an_input_of_another_width_or_kind_is_refused(kernel: str, scatter: bool
 
 @needs_kernel
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("grid", [{}, {"sym": False}, {"signed": True}], ids=["sym", "asym", "signed"])
 @pytest.mark.parametrize("group_size", INT4_GROUPS)
-def test_int4_kernel_errs_at_most_a_tenth_more_than_plain_bfloat16(group_size: int, sym: bool, bias: bool) -> None:
+def test_int4_kernel_errs_at_most_a_tenth_more_than_plain_bfloat16(
+    group_size: int, grid: dict[str, bool], bias: bool
+) -> None:
     """Both against float64; the plain path is what nobody objects to: a bfloat16 matmul with rounded weights.
 
     The kernel takes no bias, so adding it afterwards costs one more rounding of the result, independent of the rest.
     """
     layer, weight, offset = make_layer(
-        group_size=group_size, sym=sym, rows=256, columns=512, version=2, kernel="torch", bias=bias
+        group_size=group_size, rows=256, columns=512, version=2, kernel="torch", bias=bias, **grid
     )
     assert served(layer, 64) == "torch int4pack"
     x = inputs(64, columns=512, dtype=torch.bfloat16)
@@ -214,8 +223,9 @@ def test_int4_kernel_errs_at_most_a_tenth_more_than_plain_bfloat16(group_size: i
 
 
 @needs_kernel
-def test_torchs_int8_kernel_serves_rows_of_one_scale() -> None:
-    layer, weight, bias = make_layer(bits=8, group_size=-1, kernel="torch")
+@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
+def test_torchs_int8_kernel_serves_rows_of_one_scale(signed: bool) -> None:
+    layer, weight, bias = make_layer(bits=8, group_size=-1, kernel="torch", signed=signed)
     assert bias is not None
     assert served(layer, 3) == "torch int8pack"
     x = inputs(3, dtype=torch.bfloat16)

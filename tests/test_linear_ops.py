@@ -46,6 +46,10 @@ CASES = {
     "prefill": Case(tokens=70, columns=384, widths=(80, 80)),
     "more_than_tiles_hold_at_once": Case(tokens=530, columns=1024, widths=(40,), with_zeros=True),
     "prefill_of_int8": Case(tokens=33, columns=260, group_size=128, bits=8, with_order=True, with_zeros=True),
+    "negative_scales": Case(tokens=1, columns=512, widths=(64,), negative_scales=True),
+    "negative_scales_of_int8": Case(tokens=12, bits=8, negative_scales=True, with_zeros=True, with_order=True),
+    "negative_scales_int8_activations": Case(tokens=9, group_size=32, negative_scales=True, activation_bits=8),
+    "negative_scales_int8_both": Case(tokens=1, bits=8, negative_scales=True, activation_bits=8),
     "int8_activations": Case(tokens=7, activation_bits=8, with_bias=True),
     "int8_activations_of_many": Case(tokens=65, bits=8, with_zeros=True, activation_bits=8),
 }

@@ -99,7 +99,7 @@ def test_a_model_without_packed_linears_is_left_alone() -> None:
     assert attach_kernels(nn.Sequential(nn.Linear(4, 4))) == []
 
 
-@pytest.mark.parametrize("options", [{}, {"sym": False}, {"desc_act": True}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sym": False}, {"signed": True}, {"desc_act": True}, {"bits": 8}], ids=str)
 def test_the_state_dict_stays_what_it_was_and_saving_gives_the_same_files(
     tiny_qwen2: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:

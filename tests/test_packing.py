@@ -73,7 +73,7 @@ def test_rows_that_do_not_fill_words_are_refused() -> None:
 def test_dequantize_follows_the_formula_with_scattered_groups(bits: int) -> None:
     generator = torch.Generator().manual_seed(1)
     codes, zeros = random_codes((64, 32), bits), random_codes((4, 32), bits, low=1)
-    scales = torch.rand(4, 32, generator=generator).half()
+    scales = (torch.rand(4, 32, generator=generator) - 0.5).half()  # of either sign
     g_idx = torch.randint(0, 4, (64,), generator=generator).int()
     got = dequantize(pack_codes(codes, bits), pack_zeros(zeros, bits), scales, g_idx, bits=bits)
     expected = torch.empty(64, 32)

@@ -22,7 +22,8 @@ from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
 from qquant.solver import Solution, solve
 from qquant.sources import LoadedModel
-from qquant.tuning import HELD_OUT, Lesson, tuned_scales
+from qquant.tuning import HELD_OUT, RATE, Lesson, tuned_scales
+from tests.block_reference import tune_slowly
 from tests.conftest import VOCAB, Factory
 
 Case = tuple[Any, dict[str, Solution], list[Lesson]]
@@ -32,14 +33,16 @@ def some_samples(count: int = 9, length: int = 16, seed: int = 3) -> list[Sample
     return samples_from_ids(torch.randint(0, VOCAB, (count, length), generator=torch.Generator().manual_seed(seed)))
 
 
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def rounded_block(folder: Path, count: int = 9, length: int = 16, **options: Any) -> Case:
+def rounded_block(
+    folder: Path, count: int = 9, length: int = 16, dtype: torch.dtype = torch.float32, **options: Any
+) -> Case:
     """The first block with all weights rounded to 4 bits, their solutions, and what should leave it."""
-    model = load(folder)
+    model = load(folder, dtype)
     source = LoadedModel(model)
     stream = capture(source, some_samples(count, length), "cpu")
     block = source.load(0)
@@ -54,12 +57,101 @@ def rounded_block(folder: Path, count: int = 9, length: int = 16, **options: Any
 
 
 def put(block: Any, name: str, solution: Solution) -> None:
-    block.get_submodule(name).weight = nn.Parameter(solution.weight(), requires_grad=False)
+    layer = block.get_submodule(name)
+    layer.weight = nn.Parameter(solution.weight().to(layer.weight.dtype), requires_grad=False)
 
 
 @torch.no_grad()
 def error(block: Any, lessons: list[Lesson]) -> float:
     return sum(float(one.error(first_output(block(one.hidden, **one.call)))) for one in lessons)
+
+
+class Mlp(nn.Module):
+    """A block of two linears in float64 that takes an argument and returns a tuple, as some decoder layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (
+            nn.Linear(*shape, dtype=torch.float64).requires_grad_(False) for shape in ((8, 12), (12, 8))
+        )
+
+    def forward(self, hidden: Tensor, share: float) -> tuple[Tensor, None]:
+        return hidden + share * self.down(self.up(hidden).tanh()), None
+
+
+@torch.no_grad()
+def mlp_case(
+    count: int = 9, length: int = 10, *, masked: bool = False, felt: bool = False, halved: bool = False
+) -> Case:
+    """Columns of a group lie apart and some scales are negative; everything is float64 as ``g_idx`` is in no order."""
+    random = torch.Generator().manual_seed(count)
+    block, solved = Mlp(), {}
+    for name, layer in linears(block).items():
+        rows, columns = layer.weight.shape
+        layer.weight.copy_(torch.randn(rows, columns, generator=random, dtype=torch.float64))
+        layer.bias.copy_(torch.randn(rows, generator=random, dtype=torch.float64))
+        g_idx = torch.arange(columns)[torch.randperm(columns, generator=random)] % (columns // 4)
+        scales = (torch.rand(rows, columns // 4, generator=random) * 0.2 + 0.3).half()
+        scales[torch.rand(scales.shape, generator=random) < 0.5] *= -1
+        zeros = torch.randint(6, 10, scales.shape, generator=random).double()
+        codes = (layer.weight / scales[:, g_idx] + zeros[:, g_idx]).round().clamp(0, 15)
+        if halved:  # what is best lies farther away than a scale may go
+            scales /= 2
+            scales[0, 0] = 2.0**-24  # the smallest float16
+        solved[name] = Solution(codes.to(torch.uint8), scales.double(), zeros, g_idx.int(), 0.01, 0, 0)
+    blocks = torch.randn(2, 4, 4, generator=random, dtype=torch.float64)
+    lessons = []
+    for i in range(count):
+        hidden = torch.randn(1, length + i, 8, generator=random, dtype=torch.float64)
+        wanted = first_output(block(hidden + 0.05 * torch.randn(hidden.shape, generator=random), share=0.5))
+        mask = torch.rand(length + i, generator=random) < 0.7 if masked else None
+        lessons.append(Lesson(hidden, {"share": 0.5}, wanted, mask, blocks @ blocks.mT if felt else None))
+    for name, solution in solved.items():
+        put(block, name, solution)
+    return block, solved, lessons
+
+
+TUNINGS: dict[str, tuple[dict[str, Any], int, float]] = {
+    "plain": ({}, 6, 0.02),
+    "usual rate": ({"count": 16}, 8, RATE),
+    "few samples": ({"count": 3}, 5, 0.05),
+    "eight samples": ({"count": 8}, 5, 0.05),
+    "several held out": ({"count": 26}, 5, 0.05),
+    "masked and felt": ({"count": 10, "masked": True, "felt": True}, 6, 0.05),
+    # 2048 tokens are three samples: a batch goes on where the last one ended.
+    "several batches": ({"count": 11, "length": 700}, 7, 0.02),
+    "to the end": ({"count": 12, "halved": True}, 12, 0.1),
+}
+"""What the block is, steps and rate. Rates are above the usual one where float16 would hide what a step does."""
+
+
+@pytest.mark.parametrize(("options", "steps", "rate"), list(TUNINGS.values()), ids=list(TUNINGS))
+def test_tuned_scales_are_those_of_the_slow_reference(options: dict[str, Any], steps: int, rate: float) -> None:
+    """Both compute in float64, some 1e-12 apart; equal in float16 but for a tie within that, one in 10^8."""
+    block, solved, lessons = mlp_case(**options)
+    expected = tune_slowly(block, solved, lessons, steps, rate)
+    assert all(not torch.equal(expected.scales[name], solution.scales) for name, solution in solved.items())
+    farthest = max(float(move.abs().max()) for move in expected.moves.values())
+    assert (farthest == 0.5) == ("halved" in options)
+    found = tuned_scales(block, solved, lessons, steps, rate=rate)
+    assert (found is not None) == (expected.after < expected.before)
+    assert found is not None
+    assert all(torch.equal(found[name], scales) for name, scales in expected.scales.items())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_tuned_scales_of_a_decoder_block_are_those_of_the_slow_reference(checkpoint: Factory, family: str) -> None:
+    """Weights are dequantized in float32, 2^-24 from the reference's: far less than float16 tells apart.
+
+    So a scale may at most fall on the other side of a tie: one step, which is 2^-10 of it or less.
+    """
+    block, solved, lessons = rounded_block(checkpoint(family), 16, 32, torch.float64)
+    found, expected = tuned_scales(block, solved, lessons, 4, rate=0.005), tune_slowly(block, solved, lessons, 4, 0.005)
+    assert found is not None
+    assert expected.after < expected.before
+    for name, scales in expected.scales.items():
+        torch.testing.assert_close(found[name].double(), scales, rtol=2.0**-10, atol=2.0**-24)
+        assert not torch.equal(scales, solved[name].scales.double())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
