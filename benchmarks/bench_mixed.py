@@ -50,7 +50,7 @@ class Bench:
 
     def kl(self, folder: Path) -> float:
         """On the held-out text."""
-        return divergence(self.original, reopen(folder, dtype=torch.float32, device="cpu"), self.held_out)
+        return divergence(self.original, reopen(folder, dtype=torch.float32, device="cpu"), self.held_out).kl
 
     def pure(self, mixed: MixedPrecision, config: QuantizeConfig, out: Path) -> dict[str, Any]:
         """All linears alike."""
@@ -89,7 +89,8 @@ class Bench:
         )
         return {
             "target_bytes": target, "size_bytes": size, "predicted_kl": predicted, "kl": kl, "line_kl": line,
-            "held_out_samples_kl": record["measured_kl"], "stages": record["chosen"]["stages"], "cpu_seconds": seconds,
+            "held_out_samples_kl": record["measured_kl"], "held_out_samples_stderr": record["measured_kl_stderr"],
+            "stages": record["chosen"]["stages"], "cpu_seconds": seconds,
         }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--name", help="in the JSON file; default: the folder's")
     parser.add_argument("--data", type=Path, required=True, help="calibration text")
     parser.add_argument("--eval", type=Path, required=True, dest="held_out", help="text to report on")
-    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--method", default="best")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--n-samples", type=int, default=128)

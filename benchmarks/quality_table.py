@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.quality_contestants import PEERS, SIDES
 
 BASES = ("ours fast", "ours gptq,act_group_aware=false,clip_search=off", "gptqmodel plain")
-"""Plain GPTQ: the first of these that is there is what ratios are taken against, in its dtype where that is not float32."""
+"""Plain GPTQ: the first of these that is there is what ratios are taken against, in the row's dtype."""
 HEAD = (
     "| method | KL x 1e-3 | to plain GPTQ | perplexity | gap | top-1 agreement | CPU s | to plain GPTQ |\n"
     "|---|---|---|---|---|---|---|---|"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qquant.calibrate import Mixture, Sample
     from qquant.config import QuantizeConfig, QuantizeLog
     from qquant.mixed_precision import Choice, MixedPrecision
+    from qquant.sensitivity import Divergence
 
 _log = logging.getLogger("qquant")
 
@@ -160,11 +161,15 @@ def quantize_command(
         with module_progress(blocks) as listeners:
             run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, **listeners._asdict()}
             if target:
-                log, kl = quantize_mixed(mixed, out, **target, on_choice=partial(_show_choice, mixed), **run)
+                log, measured = quantize_mixed(mixed, out, **target, on_choice=partial(_show_choice, mixed), **run)
             else:
                 log = quantize_checkpoint(folder, samples, config, out, **where, **run)
         if target:
-            _say_measured(mixed, kl)
+            _say_measured(measured)
+        if any((one.bits, one.group_size) != (config.bits, config.group_size) for one in log.modules):
+            from qquant.mixed_settings import READERS
+
+            typer.echo(READERS, err=True)
         _summarize(log, out, time.perf_counter() - began, time.process_time() - cpu_began)
         typer.echo(out)
 
@@ -214,20 +219,23 @@ def _show_choice(mixed: MixedPrecision, choice: Choice, before: float | None = N
         typer.echo(f"measured KL {before:.2e} of that, so another is chosen", err=True)
     points = [other.point for other in mixed.frontier()]
     points = sorted({point.size_bytes: point for point in (*points, choice.point)}.values(), key=lambda p: p.size_bytes)
-    typer.echo("     weight files  predicted KL  stages", err=True)
+    if mixed.predicted_with != mixed.config.method:
+        typer.echo(mixed.prediction, err=True)
+    typer.echo("     weight files  predicted KL  on the line  stages", err=True)
     for point in points:
         mark = "->" if point.size_bytes == choice.point.size_bytes else ""
         mix = ", ".join(f"{count} {label}" for label, count in point.stages.items())
-        typer.echo(f"{mark:2} {point.size_bytes:14,d}  {point.predicted_kl:12.2e}  {mix}", err=True)
+        line = mixed.line_kl(point.size_bytes)
+        typer.echo(f"{mark:2} {point.size_bytes:14,d}  {point.predicted_kl:12.2e}  {line:11.2e}  {mix}", err=True)
 
 
-def _say_measured(mixed: MixedPrecision, kl: float) -> None:
-    """What the result costs, and who can read it."""
-    from qquant.mixed_precision import READERS
-
-    tokens = sum(int(sample.mask.sum()) for sample in mixed.check)
-    typer.echo(f"measured KL {kl:.2e} on {tokens} tokens that were used for nothing else", err=True)
-    typer.echo(READERS, err=True)
+def _say_measured(found: Divergence) -> None:
+    """What the result costs, and how sure that is."""
+    sure = "not known" if found.stderr is None else f"{found.stderr:.1e}"
+    typer.echo(
+        f"measured KL {found.kl:.2e} (standard error {sure}) on {found.tokens} tokens that were used for nothing else",
+        err=True,
+    )
 
 
 def _read_samples(

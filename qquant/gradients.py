@@ -106,8 +106,8 @@ class _Blocks:
         self.side = block_side(layer.out_features)
         if self.side < _SMALL_SIDE <= layer.out_features:
             say_once(
-                f"outputs are weighted together in blocks of the largest divisor up to 256, which for {layer.out_features} "
-                f"outputs is {self.side}: `output` gains little there"
+                f"outputs are weighted together in blocks of the largest divisor up to 256, which for "
+                f"{layer.out_features} outputs is {self.side}: `output` gains little there"
             )
         blocks = layer.out_features // self.side
         self.sum = torch.zeros(blocks, self.side, self.side, device=layer.weight.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from qquant.config import QuantizeConfig
 from qquant.errors import BadDataError, UsageError
 from qquant.mixed_settings import label, rules_for, settings_of, stage_bytes
 from qquant.samples import Sample
-from qquant.sensitivity import StageCost, divergence, measure_stages
+from qquant.sensitivity import Divergence, StageCost, divergence, measure_stages
 from qquant.shards import written_bytes
 from qquant.sources import StreamedModel, resolve_folder
-from qquant.telling import OnProgress, unheard
+from qquant.telling import OnProgress, say_once, unheard
 
 RECORD_NAME = "mixed_precision.json"
 """In the quantized folder: target, frontier, costs and what was chosen."""
@@ -31,15 +32,16 @@ SENSITIVITY_TOKENS = 2048
 """Tokens that costs are measured on; see docs/mixed-precision.md for what fewer or more change."""
 CHECK_TOKENS = 8192
 """Tokens, used for nothing else, on which the result is compared with the original."""
+FEW_CHECK_TOKENS = 2048
+"""Over fewer a mean KL is uncertain by 5 % and more: over 48 windows of 256 tokens its standard error was 1.7 to 2.1 %
+of it on three models, which makes 4 to 5 % over 8 windows."""
 NEAR = 0.98
 """A size target is met from below, and from here on where the sizes allow it."""
 MARGIN = 1.15
-"""A predicted KL is taken to be so many times as large: what was measured was 0.8 to 1.2 times what was predicted."""
-READERS = (
-    "rules for single linears (`dynamic`) are followed by qquant, GPTQModel's own loader, vLLM and SGLang; "
-    "transformers without qquant.register(), optimum and AutoGPTQ do not know them and cannot load such files"
-)
-"""Tried: qquant, GPTQModel, transformers with optimum. The others by what their code and documents say."""
+"""A predicted KL is taken to be so many times as large: with plain GPTQ, by which costs are measured, 0.8 to 1.2 times
+what was predicted was measured."""
+BEST_LEAVES = "0.3 to 0.8"
+"""Share of a predicted KL that method "best" left: 16 mixes of four models, docs/mixed-precision.md."""
 
 _WINDOW = 256  # tokens of a sequence that KL is measured on: logits of a large vocabulary take 600 kB each
 _DATA_TOKENS = 1 << 16  # in the Hessians: six times the longest rows of a 7B model
@@ -112,7 +114,7 @@ class MixedPrecision:
         Raises:
             UsageError: smaller than the smallest choice, or more than 2 % larger than the largest.
         """
-        least, most = (self._point(self._extreme(largest)) for largest in (False, True))
+        least, most = self.ends
         if not least.size_bytes <= target_bytes <= most.size_bytes / NEAR:
             raise UsageError(
                 f"the size target must lie between {_said(least.size_bytes)} ({_mix(least)}) and "
@@ -165,6 +167,31 @@ class MixedPrecision:
         """Choices than which none is predicted to be both smaller and better, from the smallest to the best."""
         return [self._choice(found) for found in self.allocator.frontier(count)]
 
+    @cached_property
+    def ends(self) -> tuple[Point, Point]:
+        """Every stage at its smallest setting and at its largest: pure Int4 and pure Int8, but for what rules fix."""
+        return self._point(self._extreme(largest=False)), self._point(self._extreme(largest=True))
+
+    def line_kl(self, size_bytes: int) -> float:
+        """Predicted KL at a size on the straight line between the two ``ends``: what mixing has to stay under."""
+        small, large = self.ends
+        share = (size_bytes - small.size_bytes) / max(1, large.size_bytes - small.size_bytes)
+        return small.predicted_kl + share * (large.predicted_kl - small.predicted_kl)
+
+    @property
+    def predicted_with(self) -> str:
+        """The method that costs were measured with, whatever quantizes in the end."""
+        return self.costs[0].settings[0].method
+
+    @property
+    def prediction(self) -> str:
+        """What a predicted KL is, in words."""
+        told, method = f"predicted for method {self.predicted_with}", self.config.method
+        if method == self.predicted_with:
+            return told
+        told += ", by which stages are compared"
+        return f"{told}: best left {BEST_LEAVES} of it" if method == "best" else f"{told}, not for {method}"
+
     def pure(self, bits: int) -> Point | None:
         """Every stage at these bits and the general group size, or None if that cannot be had."""
         chosen = []
@@ -179,12 +206,12 @@ class MixedPrecision:
             chosen.append(fitting[0])
         return self._point(self._allocation(chosen))
 
-    def measured_kl(self, folder: Path) -> float:
-        """Mean KL(original || folder) in nats per token on the held-out windows, both computed in float32."""
+    def measured_kl(self, folder: Path) -> Divergence:
+        """KL(original || folder) on the held-out windows, both computed in float32."""
         other = reopen(folder, dtype=self.source.dtype, device=self.source.device)
         return divergence(self.source, other, self.check)
 
-    def record(self, choice: Choice, target: Mapping[str, float], measured_kl: float | None) -> dict[str, Any]:
+    def record(self, choice: Choice, target: Mapping[str, float], measured: Divergence) -> dict[str, Any]:
         """All that led to a choice, for a JSON file."""
         stages = [
             {
@@ -200,12 +227,19 @@ class MixedPrecision:
         return {
             "schema_version": 1,
             "target": dict(target),
-            "chosen": _entry(choice.point),
-            "measured_kl": measured_kl,
-            "measured_on_tokens": sum(int(sample.mask.sum()) for sample in self.check),
-            "frontier": [_entry(other.point) for other in self.frontier()],
+            "method": self.config.method,
+            "prediction": self.prediction,
+            "chosen": self._entry(choice.point),
+            "measured_kl": measured.kl,
+            "measured_kl_stderr": measured.stderr,
+            "measured_on_tokens": measured.tokens,
+            "frontier": [self._entry(other.point) for other in self.frontier()],
             "stages": stages,
         }
+
+    def _entry(self, point: Point) -> dict[str, Any]:
+        sizes = {"size_bytes": point.size_bytes, "predicted_kl": point.predicted_kl}
+        return {**sizes, "line_predicted_kl": self.line_kl(point.size_bytes), "stages": dict(point.stages)}
 
     def _extreme(self, largest: bool) -> Allocation:
         """The largest or the smallest setting of every stage."""
@@ -271,7 +305,7 @@ def measure(
             f"{len(samples or [])}"
         )
     calibration, check = _split(samples)
-    probes, data = _probes(calibration, sensitivity_tokens)
+    probes, data = _probes(calibration, sensitivity_tokens, apart=config.needs_data)
     tuned = None if adapter is None else Path(adapter).expanduser()
     source = StreamedModel(resolve_folder(str(model)), dtype=torch.float32, device=device, adapter=tuned)
     costs = measure_stages(source, probes, data, lambda shape: settings_of(shape, config), on_progress=on_progress)
@@ -318,13 +352,24 @@ def _split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     return [sample for place, sample in enumerate(samples) if place not in kept], cut[:windows]
 
 
-def _probes(samples: Sequence[Sample], tokens: int) -> tuple[list[Sample], list[Sample]]:
-    """Windows to measure costs on, from samples spread over all, and the other samples, if half of them are left."""
+def _probes(samples: Sequence[Sample], tokens: int, *, apart: bool) -> tuple[list[Sample], list[Sample]]:
+    """Windows to measure costs on, from samples spread over all, and samples for Hessians.
+
+    These are the others (``apart``: they should be), or all if fewer than half are left.
+    """
     count = max(1, min(len(samples), -(-tokens // _WINDOW)))
     picked = sorted({round((place + 0.5) * len(samples) / count - 0.5) for place in range(count)})
     probes = [_windows(samples[place])[0] for place in picked]
     others = [sample for place, sample in enumerate(samples) if place not in set(picked)]
-    others = others if len(others) >= len(samples) / 2 else list(samples)
+    if len(others) < len(samples) / 2:
+        others = list(samples)
+        if apart:
+            say_once(
+                f"costs are measured on samples that are in the Hessians too, so that they may come out too low: "
+                f"{len(picked)} of {len(samples)} samples would be needed apart; give more samples (--n-samples), or "
+                "lower --sensitivity-tokens",
+                key="probes in Hessians",
+            )
     longest = max(len(sample.input_ids) for sample in others)
     count = max(1, min(len(others), _DATA_TOKENS // longest))
     return probes, [others[place * len(others) // count] for place in range(count)]
@@ -338,10 +383,6 @@ def _windows(sample: Sample) -> list[Sample]:
         if bool(mask.any()) and len(ids) > 1
     ]
     return pieces or [sample]
-
-
-def _entry(point: Point) -> dict[str, Any]:
-    return {"size_bytes": point.size_bytes, "predicted_kl": point.predicted_kl, "stages": dict(point.stages)}
 
 
 def _mix(point: Point) -> str:

@@ -15,6 +15,12 @@ from qquant.sensitivity import StageShape
 from qquant.stored_bytes import LinearShape, packed_bytes
 
 _FINER = (64, 32)  # group sizes tried at 4 bits beside the general one
+READERS = (
+    "rules for single linears (`dynamic`) are followed by qquant, GPTQModel's own loader, vLLM and SGLang (these look "
+    "fused linears up as qkv_proj and gate_up_proj); transformers without qquant.register(), optimum and AutoGPTQ do "
+    "not know them and cannot load such files"
+)
+"""Tried: qquant, GPTQModel, transformers with optimum. The others by what their code says."""
 # What vLLM and SGLang call linears that they fuse; rules that do not know these names would pass them by.
 _FUSED = {
     frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",

@@ -25,15 +25,11 @@ import torch
 from torch import Tensor
 
 from qquant.errors import BadDataError
+from qquant.records import COMMON_SHARE as COMMON_SHARE
+from qquant.records import NGRAM_TOKENS as NGRAM_TOKENS
 
-NGRAM_TOKENS = 16
-"""Length of a run. Texts of one kind by different authors share few runs this long, see ``COMMON_SHARE``."""
 KEPT = 1024
 """Hashes of a sketch, at most: 4 KB, 5.5 KB as text."""
-COMMON_SHARE = 0.02
-"""Share of runs that separate texts of one kind have in common, at most. Measured with a vocabulary of 6144 on seven
-pairs of calibration and evaluation texts: 0 to 0.06 % of prose, 0.33 % of an encyclopedia, 0.95 % of source code. Twice
-the worst; larger vocabularies make longer tokens and so rarer runs."""
 CHANCE = 0.01
 """How often texts that share no more than that may be called overlapping, because few of their runs are looked at."""
 
@@ -93,15 +89,15 @@ def sketch_of(rows: Iterable[Tensor]) -> dict[str, Any]:
     return {"ngram_tokens": NGRAM_TOKENS, "shift_bits": shift, "limit": top >> shift, "hashes": hashes}
 
 
-def overlap_of(sketch: Mapping[str, Any], ids: Tensor) -> Overlap | None:
-    """Hold a text against a sketch.
+def overlap_of(sketch: Mapping[str, Any], *rows: Tensor) -> Overlap | None:
+    """Hold a text, or several that do not go on in one another, against a sketch.
 
     Args:
         sketch: what ``sketch_of`` made, perhaps long ago.
-        ids: [T] int64 token ids of the text, by the same tokenizer. Read, never written.
+        rows: [T] int64 token ids of each text, by the same tokenizer. Read, never written.
 
     Returns:
-        None where the text is so short that none of its runs is looked at.
+        None where the texts are so short that none of their runs is looked at.
 
     Raises:
         BadDataError: no sketch, or one of another kind.
@@ -114,7 +110,7 @@ def overlap_of(sketch: Mapping[str, Any], ids: Tensor) -> Overlap | None:
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise BadDataError(f"a sketch must be as this version writes it, got {error!r}; quantize again") from error
     held = torch.tensor([int.from_bytes(words[at : at + 4], "little") for at in range(0, len(words), 4)])
-    looked_at = torch.unique(run_hashes(ids)) >> shift
+    looked_at = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *map(run_hashes, rows)])) >> shift
     looked_at = looked_at[looked_at <= limit]
     if not len(looked_at):
         return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qquant.telling import OnProgress, unheard
+from qquant.telling import OnProgress, say_once, unheard
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qquant.calibrate import Sample
     from qquant.config import ModuleRecord, QuantizeConfig, QuantizeLog
     from qquant.mixed_precision import Choice, MixedPrecision
+    from qquant.sensitivity import Divergence
     from qquant.solver import Solution
 
 _MOST_RUNS = 4  # of a model whose divergence was higher than predicted
@@ -48,6 +49,7 @@ def quantize_checkpoint(
     on_progress: OnProgress = unheard,
     adapter: str | Path | None = None,
     before_sealing: Callable[[Path], None] = lambda folder: None,
+    also_seen: Sequence[Sample] = (),
 ) -> QuantizeLog:
     """Quantize a model folder into a new one, one decoder block in memory at a time.
 
@@ -67,6 +69,7 @@ def quantize_checkpoint(
         adapter: folder of a peft LoRA adapter to merge into the model as its blocks are read; None: none.
         before_sealing: called with the complete folder before it is sealed by its manifest and published. What it adds
             goes along; if it raises, nothing is published.
+        also_seen: samples by which ``config`` was chosen, for the manifest's sketch of what the model has seen.
 
     Returns:
         What was done to each module; the same is in the folder's quant_log.json.
@@ -105,7 +108,8 @@ def quantize_checkpoint(
     vocabulary = int(source.config.get_text_config().vocab_size)
     chosen = _samples_or_probe(samples, config, vocabulary)
     check_samples(chosen, vocabulary)
-    data: dict[str, Any] = data_record(samples) if samples and config.needs_data else {}
+    seen = samples is not None and (config.needs_data or bool(also_seen))
+    data: dict[str, Any] = data_record(samples or (), also_seen) if seen else {}
     plan, quantized, skipped = plan_tensors(source, config)
     with published(target, QUANTIZED_FOLDER, overwrite=overwrite) as staging:
         writer = ShardWriter(staging, plan, max_shard_bytes=max_shard_bytes)
@@ -164,7 +168,7 @@ def quantize_mixed(
     on_choice: Callable[[Choice, float | None], None] = lambda choice, before: None,
     on_module: Callable[[ModuleRecord], None] | None = None,
     on_progress: OnProgress = unheard,
-) -> tuple[QuantizeLog, float]:
+) -> tuple[QuantizeLog, Divergence]:
     """Quantize a model that has been measured so that its files stay within a size, or its divergence under a limit.
 
     The result is compared with the original on samples that were used for nothing else. If a limit on KL is missed
@@ -183,31 +187,42 @@ def quantize_mixed(
         on_progress: as in ``quantize_checkpoint``.
 
     Returns:
-        What was done to each module, and the measured KL.
+        What was done to each module, and the KL that was measured.
 
     Raises:
         UsageError: a target that cannot be met; the message says what can.
     """
     from qquant.errors import UsageError
     from qquant.json_files import write_json
-    from qquant.mixed_precision import MARGIN, RECORD_NAME
+    from qquant.mixed_precision import FEW_CHECK_TOKENS, MARGIN, RECORD_NAME
 
     assert (target_bytes is None) != (max_kl is None), "one target"
     limit = math.inf if max_kl is None else max_kl
     target = {"max_kl": limit} if target_bytes is None else {"size_bytes": target_bytes}
-    measured, correction = math.nan, MARGIN
+    # By the calibration samples costs were measured; those for the check decide only where they are held to a limit.
+    seen = [*mixed.calibration, *(mixed.check if max_kl is not None else ())]
+    checked = sum(int(sample.mask.sum()) for sample in mixed.check)
+    if max_kl is not None and checked < FEW_CHECK_TOKENS:
+        say_once(
+            f"the limit on KL is held to what is measured on {checked} tokens, and a mean over fewer than "
+            f"{FEW_CHECK_TOKENS} is uncertain by 5 % and more; give more samples (--n-samples), of which one in eight "
+            "is kept for this",
+            key="few check tokens",
+        )
+    measured: Divergence | None = None
+    correction = MARGIN
     for number in range(_MOST_RUNS):
         choice = mixed.choose(target_bytes=target_bytes, max_kl=max_kl, correction=correction)
-        on_choice(choice, measured if number else None)
+        on_choice(choice, None if measured is None else measured.kl)
 
         def check(folder: Path, choice: Choice = choice, first: bool = number == 0) -> None:
             nonlocal measured, correction
             measured = mixed.measured_kl(folder)
             if max_kl is not None:
-                corrected = _STRICTER * measured / choice.point.predicted_kl
+                corrected = _STRICTER * measured.kl / choice.point.predicted_kl
                 loose = first and corrected < _LOOSE * correction
                 correction = corrected
-                if measured > limit or (loose and choice != mixed.for_kl(limit, correction=corrected)):
+                if measured.kl > limit or (loose and choice != mixed.for_kl(limit, correction=corrected)):
                     raise _ChooseAgain
             write_json(folder / RECORD_NAME, mixed.record(choice, target, measured))
 
@@ -225,12 +240,15 @@ def quantize_mixed(
                 on_progress=on_progress,
                 adapter=mixed.adapter,
                 before_sealing=check,
+                also_seen=seen,
             )
         except _ChooseAgain:
             continue
+        assert measured is not None  # by ``check``, before anything is published
         return log, measured
+    assert measured is not None
     raise UsageError(
-        f"a KL of at most {limit:g} was missed {_MOST_RUNS} times, the last measured {measured:.3g}; nothing was "
+        f"a KL of at most {limit:g} was missed {_MOST_RUNS} times, the last measured {measured.kl:.3g}; nothing was "
         "published. Ask for a higher one, or for a size"
     )
 

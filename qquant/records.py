@@ -24,6 +24,13 @@ TaskName = Literal["mmlu", "ceval", "cmmlu", "gsm8k", "humaneval"]
 Style = Literal["base", "chat"]
 """Whether a model is given text to go on with, or a message to answer."""
 
+NGRAM_TOKENS = 16
+"""Length of the runs by which two texts are compared. Texts of one kind by different authors share few this long."""
+COMMON_SHARE = 0.02
+"""Share of runs that separate texts of one kind have in common, at most. Measured with a vocabulary of 6144 on seven
+pairs of calibration and evaluation texts: 0 to 0.06 % of prose, 0.33 % of an encyclopedia, 0.95 % of source code. Twice
+the worst; larger vocabularies make longer tokens and so rarer runs."""
+
 _MEGA = 1e6
 
 

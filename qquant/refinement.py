@@ -21,7 +21,7 @@ from qquant.factor import factor_rows, inverse_factor
 from qquant.telling import say_once
 
 OUTPUT_DAMP = 0.05
-"""Share of a block's mean diagonal added to it: O is a sample's estimate, its small directions are not to be trusted."""
+"""Share of a block's mean diagonal added to it: O is an estimate, and its small directions are not to be trusted."""
 
 _BLOCK = 128  # columns whose moves are applied to the ones behind them by one product
 _SIDE = 256  # outputs that are weighted together
@@ -143,8 +143,8 @@ def refit_scales(
 ) -> Tensor:
     """The scales [out, groups] that fit these codes best, by conjugate gradients from the given ones.
 
-    Rows that see one another, those of a block of ``outputs``, are solved together. A scale that left its range, or such
-    rows' scales that after rounding to float16 are no better, stay as they were.
+    Rows that see one another, those of a block of ``outputs``, are solved together. A scale that left its range stays,
+    and so do such rows' scales where after rounding to float16 they are no better.
     """
     rows, groups = scales.shape
     steps = (codes.reshape(rows, groups, -1).to(target.dtype) - zeros[:, :, None]).reshape(target.shape)
@@ -271,7 +271,7 @@ def _compiled() -> ModuleType | None:
     if native is None:
         say_once(
             "the compiled module qquant._descent is not here: refinement and output-aware rounding take the same steps "
-            f"in Python, with output many times slower; build it: {_native.REBUILD}; or choose a method without output, "
-            "such as gptq",
+            f"in Python, with output many times slower; build it: {_native.REBUILD}; or choose a method without "
+            "output, such as gptq",
         )
     return native

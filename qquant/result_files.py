@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from qquant import answer_report, kv_report, long_report, plan_report, profile_report, task_report
 from qquant.kv_report import KVCacheCost
 from qquant.layer_names import error_grid, in_order
-from qquant.overlap import COMMON_SHARE, NGRAM_TOKENS
 from qquant.records import MB, NOT_MEASURED, PERCENT, field, shown, table
-from qquant.results import Data, ModelRow, Result
+from qquant.results import Data, ModelRow, Result, overlap_warnings
 from qquant.task_report import TaskItem
 
 if TYPE_CHECKING:
@@ -119,12 +118,13 @@ def _sections(report: Result) -> list[str]:
     if report.profile:
         return [*profile_report.profile_sections(report.profile), *_models(report.rows)]
     if report.tasks:
-        return [*task_report.task_sections(report.tasks), *_models(report.rows)]
+        seen = overlap_warnings(report.rows, "the questions'")
+        return [*task_report.task_sections(report.tasks), *seen, *_models(report.rows)]
     if report.long_context:
         picture = long_report.PICTURE in report.plots
         return [
             *long_report.long_sections(report.long_context, picture=picture),
-            *_seen(report.rows),
+            *overlap_warnings(report.rows),
             *_models(report.rows),
         ]
     sources = sorted({row.memory.peak_rss_source for row in report.rows if row.memory})
@@ -132,7 +132,7 @@ def _sections(report: Result) -> list[str]:
     return [
         *[f"## {title}\n\n{_models_table(report.rows, columns)}" for title, columns in _TABLES.items()],
         *_rounded(report.rows),
-        *_seen(report.rows),
+        *overlap_warnings(report.rows),
         f"1 MB is 10^6 bytes. Peak RSS was read as {', '.join(sources) or NOT_MEASURED}.",
         *_worst_layers(report.rows),
         *[f"![{name.removesuffix('.png')}]({name})" for name in report.plots if name not in _PLACED],
@@ -160,18 +160,6 @@ def _rounded(rows: Sequence[ModelRow]) -> list[str]:
             "the model was loaded; sizes are those of the folder, which keeps it as it was. It is off unless asked for."
             for bits in heads
         ),
-    ]
-
-
-def _seen(rows: Sequence[ModelRow]) -> list[str]:
-    """A warning of what calibration had seen of the text, where that is more than texts of one kind have in common."""
-    shares = [(row.label, row.calibration_overlap) for row in rows]
-    much = ", ".join(f"{share:.1%} ({label})" for label, share in shares if share and share > COMMON_SHARE)
-    if not much:
-        return []
-    return [
-        f"Of the text's runs of {NGRAM_TOKENS} tokens calibration had seen about {much}: what quantizing costs on "
-        "another text is more than this report says."
     ]
 
 

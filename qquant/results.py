@@ -21,7 +21,7 @@ from qquant.kv_report import KVCacheCost
 from qquant.long_report import LongContext
 from qquant.plan_report import Plan
 from qquant.profile_report import Profile
-from qquant.records import Accuracy, Environment, Memory, Speed, Strict, renamed
+from qquant.records import COMMON_SHARE, NGRAM_TOKENS, Accuracy, Environment, Memory, Speed, Strict, renamed
 from qquant.task_report import Tasks
 
 SECTIONS = ("kv_cache", "long_context", "answers", "tasks", "profile", "plan")
@@ -91,7 +91,7 @@ class ModelRow(Strict):
     """That the output projection was rounded to after loading; None: it was not."""
     calibration_overlap: float | None = None
     """Share of the evaluated text's runs of 16 tokens that its calibration had seen, estimated from a sketch in the
-    manifest; None: not known."""
+    manifest; of tasks: of the questions of the one where it is largest; None: not known."""
     checkpoint_dtype: str
     """The dtype its config.json names; the report's compute_dtype says what it was run in."""
     weights_bytes: int | None = None
@@ -181,6 +181,18 @@ def ratios_to_baseline(row: ModelRow, baseline: ModelRow) -> Ratios:
         prefill_tokens_per_second=paired(lambda s: s.prefill_seconds),
         decode_tokens_per_second=paired(lambda s: s.decode_seconds),
     )
+
+
+def overlap_warnings(rows: Sequence[ModelRow], whose: str = "the text's") -> list[str]:
+    """A warning of what calibration had seen of the text, where that is more than texts of one kind have in common."""
+    shares = [(row.label, row.calibration_overlap) for row in rows]
+    much = dict.fromkeys(f"{share:.1%} ({label})" for label, share in shares if share and share > COMMON_SHARE)
+    if not much:
+        return []
+    return [
+        f"Of {whose} runs of {NGRAM_TOKENS} tokens calibration had seen about {', '.join(much)}: what "
+        "quantizing costs on another text is more than this report says."
+    ]
 
 
 def result_from_json(text: str | bytes) -> Result:

@@ -116,9 +116,14 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def data_record(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What a manifest says about the samples: how many, their fingerprint, and a sketch to see overlaps by."""
-    sketch = sketch_of(sample.input_ids for sample in samples)
+def data_record(samples: Sequence[Sample], also_seen: Sequence[Sample] = ()) -> dict[str, Any]:
+    """What a manifest says about the samples: how many, their fingerprint, and a sketch to see overlaps by.
+
+    Args:
+        samples: what the model was calibrated on.
+        also_seen: others that what came out depends on; they are in the sketch only.
+    """
+    sketch = sketch_of(sample.input_ids for sample in (*samples, *also_seen))
     return {"sha256": fingerprint(samples), "samples": len(samples), "sketch": sketch}
 
 

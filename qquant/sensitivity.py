@@ -7,6 +7,7 @@ costs is mixed_precision.py's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,18 @@ class StageCost:
     they leave in the stage's output, to which KL is proportional as long as it is small."""
     errors: tuple[float, ...]
     """That energy relative to the first setting's."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model is from its original on some samples."""
+
+    kl: float
+    """Mean over tokens of KL(original || model), nats."""
+    stderr: float | None
+    """Standard error of that mean, from how much samples differ; None for a single sample."""
+    tokens: int
+    """That counted."""
 
 
 SettingsOf = Callable[[StageShape], Sequence[QuantizeConfig]]
@@ -119,8 +132,11 @@ def measure_stages(
 
 
 @torch.inference_mode()
-def divergence(original: StreamedModel, other: StreamedModel, samples: Sequence[Sample]) -> float:
-    """Mean KL(original || other) in nats per token that counts, both read block by block.
+def divergence(original: StreamedModel, other: StreamedModel, samples: Sequence[Sample]) -> Divergence:
+    """KL(original || other) per token that counts, both read block by block.
+
+    Neighbouring tokens are alike, so the standard error is taken over samples. Over single tokens it came out 1.9 to
+    2.5 times smaller than over samples of 256 tokens (three models).
 
     Args:
         original: in the same dtype as ``other``; float32 for costs below those of rounding to bfloat16.
@@ -130,16 +146,39 @@ def divergence(original: StreamedModel, other: StreamedModel, samples: Sequence[
     streams = [_through(source, samples) for source in (original, other)]
     for source in (original, other):
         source.load_outside(with_head=True)
-    total, count = 0.0, 0
+    sums, counts = [], []
     for i in range(len(samples)):
         theirs, ours = (
             stream.counted(i, head(source, stream.hidden[i], source.device))
             for source, stream in zip((original, other), streams, strict=True)
         )
-        total, count = total + _kl(ours, theirs), count + len(ours)
+        sums.append(_kl(ours, theirs))
+        counts.append(len(ours))
     for source in (original, other):
         source.release_outside()
-    return total / count
+    return mean_of(sums, counts)
+
+
+def mean_of(sums: Sequence[float], counts: Sequence[int]) -> Divergence:
+    """The mean over all tokens of samples that differ in length, and its standard error.
+
+    The mean is a ratio of two sums over m samples, S / N. To first order its error is that of the sum of
+    ``s - (S / N) n``, which is 0 over all of them: ``sqrt(m / (m - 1) * sum((s - S / N * n)**2)) / N``. For samples of
+    one length this is the standard error of the mean of their means.
+
+    Args:
+        sums: per sample the sum of KL over its tokens, nats.
+        counts: per sample how many tokens that are.
+
+    Source: Cochran, Sampling Techniques, 3rd edition, section 6.4 (ratio estimates), without the finite population's
+    correction.
+    """
+    samples, tokens = len(counts), sum(counts)
+    kl = math.fsum(sums) / tokens
+    if samples == 1:
+        return Divergence(kl, None, tokens)
+    spread = math.fsum((total - kl * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    return Divergence(kl, math.sqrt(samples / (samples - 1) * spread) / tokens, tokens)
 
 
 @dataclass

@@ -94,6 +94,7 @@ def evaluate_tasks(
     from qquant.eval_models import tokenizers as tokenizer_hashes
     from qquant.eval_record import finished_result
     from qquant.journal import kept
+    from qquant.seen_text import seen_questions
     from qquant.sources import load_tokenizer, pick_device, resolve_folder
     from qquant.tasks.asking import ask, put, put_with_lm_eval
 
@@ -120,6 +121,8 @@ def evaluate_tasks(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
 
+    questions: dict[str, list[str]] = {one.data.task: [item.question for item in one.data.items] for one in asked}
+    seen = seen_questions(folders, tokenizers, questions)
     hashes = identities(folders, on_progress)
     run: dict[str, Any] = {"measure": "tasks", "models": [*tokenizers], "sha256": hashes, "tasks": names}
     run |= {"questions": [task.sha256() for task in asked], "shots": [task.shots for task in asked], "style": chosen}
@@ -140,7 +143,7 @@ def evaluate_tasks(
                 shared |= {"on_progress": on_progress}
                 done[label] = [execute(task, model, tokenizers[label], **shared) for task in asked]
     found = _tasks(asked, done, "lm-eval" if backend == "lm-eval" else "qquant", asking, limit)
-    facts: dict[str, Any] = {"rows": rows(folders, identities=hashes, in_memory=kinds), "seed": seed}
+    facts: dict[str, Any] = {"rows": rows(folders, identities=hashes, in_memory=kinds, seen=seen), "seed": seed}
     record = finished_result(dtype=compute, device=where, tasks=found, command=command, **facts)
     return record, [item for decisions in done.values() for one in decisions for item in one.items]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from qquant.page import grids as joined_grids
 from qquant.page import models as joined_models
 from qquant.page import plans as joined_plans
 from qquant.page import scores as joined_scores
+from qquant.page.html import page
 from qquant.page.joined import Joined, Source, find_results, published_size
 from qquant.page.tables import SECTIONS, Table, make_table, markdown_text
 from qquant.results import Data, Result, result_from_json
@@ -173,6 +175,21 @@ class TestComparing:
         assert (
             "another baseline (qwen (sha256 bbbbbbbbbbbb) there, qwen (sha256 eeeeeeeeeeee) here)" in tables[1].notes[0]
         )
+
+    def test_what_calibration_had_seen_of_the_text_is_said_under_the_table_and_on_the_page(self) -> None:
+        seen = make_row("qwen-int4", calibration_overlap=0.912)
+        second = make_row("qwen-int8", bits=8, sha256="d" * 64, calibration_overlap=0.01)  # as texts of one kind have
+        found = joined(make_result(make_row("qwen", "baseline"), seen, second))
+        (note,) = titled(list(found.tables), "Perplexity").notes
+        assert "runs of 16 tokens calibration had seen about 91.2% (qwen-int4): what" in note
+        assert note in found.to_markdown()
+        assert note in html.unescape(page(found, [], "{}"))
+
+    def test_what_calibration_had_seen_of_the_questions_is_said_under_the_scores(self) -> None:
+        seen = make_row("qwen-int4", calibration_overlap=0.5)
+        result = make_result(make_row("qwen", "baseline"), seen, data=None, tasks=make_tasks())
+        (note,) = titled(joined_scores.tables([result]), "Accuracy by task").notes
+        assert note.startswith("Of the questions' runs of 16 tokens calibration had seen about 50.0% (qwen-int4)")
 
     def test_a_score_of_other_shots_is_marked_in_its_column(self) -> None:
         first = make_result(data=None, tasks=make_tasks())

@@ -22,12 +22,12 @@ from qquant.mixed_precision import RECORD_NAME, Choice, MixedPrecision, choose, 
 from qquant.mixed_settings import rules_for, settings_of
 from qquant.quantizing import quantize_checkpoint, quantize_mixed
 from qquant.samples import Sample, samples_from_ids
-from qquant.sensitivity import StageShape, divergence
+from qquant.sensitivity import Divergence, StageShape, divergence
 from qquant.sources import StreamedModel
 from tests.adapters import saved, trained
 from tests.conftest import CORPUS, VOCAB, Factory
 
-CONFIG = QuantizeConfig(bits=4, group_size=64)
+CONFIG = QuantizeConfig(method="gptq", bits=4, group_size=64)
 SIBLINGS = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
 
 
@@ -161,10 +161,10 @@ def test_rules_match_whole_names_and_the_fused_names_of_other_readers() -> None:
 
 def test_the_folder_tells_what_was_chosen_from(mixed: MixedPrecision, tmp_path: Path) -> None:
     target = between(mixed, 0.5)
-    _, kl = quantize_mixed(mixed, tmp_path / "q", target_bytes=target)
+    _, found = quantize_mixed(mixed, tmp_path / "q", target_bytes=target)
     record = json.loads((tmp_path / "q" / RECORD_NAME).read_text())
     assert record["target"] == {"size_bytes": target}
-    assert record["measured_kl"] == kl > 0
+    assert record["measured_kl"] == found.kl > 0
     assert record["chosen"]["size_bytes"] == weight_bytes(tmp_path / "q")
     sizes = [point["size_bytes"] for point in record["frontier"]]
     assert sizes == sorted(sizes)
@@ -202,8 +202,8 @@ def test_the_smallest_files_under_a_limit_are_measured_to_be_under_it(mixed: Mix
     assert four is not None
     limit = four.predicted_kl / 2
     seen: list[Choice] = []
-    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=lambda choice, before: seen.append(choice))
-    assert kl <= limit
+    _, found = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=lambda choice, before: seen.append(choice))
+    assert found.kl <= limit
     assert seen[0].point.predicted_kl * qquant.mixed_precision.MARGIN <= limit
     assert four.size_bytes < seen[-1].point.size_bytes
 
@@ -214,7 +214,7 @@ def test_a_limit_that_is_missed_is_tried_again_more_strictly(
     four = mixed.pure(4)
     assert four is not None
     limit = four.predicted_kl / 2
-    answers = iter([limit * 1.5, limit * 0.9])
+    answers = iter([Divergence(limit * 1.5, None, 1), Divergence(limit * 0.9, None, 1)])
     monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: next(answers))
     seen: list[Choice] = []
     told: list[float | None] = []
@@ -223,8 +223,8 @@ def test_a_limit_that_is_missed_is_tried_again_more_strictly(
         seen.append(choice)
         told.append(before)
 
-    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=on_choice)
-    assert kl == limit * 0.9
+    _, found = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=on_choice)
+    assert found.kl == limit * 0.9
     assert told == [None, limit * 1.5]
     assert seen[1].point.size_bytes > seen[0].point.size_bytes
     # What was measured tells how much too low predictions are: the next one must stay under the limit by that.
@@ -241,11 +241,13 @@ def test_a_limit_that_is_undercut_by_far_is_met_with_fewer_bytes(
     assert four is not None
     limit = four.predicted_kl / 4
     seen: list[Choice] = []
-    monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: 0.4 * seen[-1].point.predicted_kl)
-    _, kl = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=lambda choice, before: seen.append(choice))
+    monkeypatch.setattr(
+        MixedPrecision, "measured_kl", lambda self, folder: Divergence(0.4 * seen[-1].point.predicted_kl, None, 1)
+    )
+    _, found = quantize_mixed(mixed, tmp_path / "q", max_kl=limit, on_choice=lambda choice, before: seen.append(choice))
     assert len(seen) == 2
     assert seen[1].point.size_bytes < seen[0].point.size_bytes
-    assert kl == 0.4 * seen[1].point.predicted_kl <= limit
+    assert found.kl == 0.4 * seen[1].point.predicted_kl <= limit
 
 
 def test_what_misses_its_limit_is_never_published(
@@ -254,7 +256,7 @@ def test_what_misses_its_limit_is_never_published(
     four = mixed.pure(4)
     assert four is not None
     limit = four.predicted_kl
-    monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: 1.01 * limit)
+    monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: Divergence(1.01 * limit, None, 1))
     with pytest.raises(UsageError, match=r"was missed 4 times, the last measured .*; nothing was published"):
         quantize_mixed(mixed, tmp_path / "q", max_kl=limit)
     assert list(tmp_path.iterdir()) == []
@@ -337,7 +339,7 @@ def test_a_config_chosen_by_itself_quantizes_as_usual(tiny_qwen2: Path, tmp_path
     assert 0.98 * target <= weight_bytes(tmp_path / "q") <= target
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["best", "gptq", "rtn"])
 def test_every_block_structured_model_can_be_mixed(checkpoint: Factory, tmp_path: Path, method: str) -> None:
     """gemma2 is in no table: its stages are found by watching it."""
     folder = checkpoint("gemma2", head_dim=16)
@@ -351,13 +353,13 @@ def test_every_block_structured_model_can_be_mixed(checkpoint: Factory, tmp_path
 def test_an_adapter_is_measured_and_merged(tiny_qwen2: Path, tmp_path: Path) -> None:
     adapter = saved(trained(tiny_qwen2), tmp_path / "lora")
     mixed = measure(tiny_qwen2, some_samples(), CONFIG, sensitivity_tokens=256, adapter=adapter)
-    _, kl = quantize_mixed(mixed, tmp_path / "q", target_bytes=between(mixed, 0.5))
+    _, found = quantize_mixed(mixed, tmp_path / "q", target_bytes=between(mixed, 0.5))
     manifest = json.loads((tmp_path / "q" / "manifest.json").read_text())
     assert "adapter" in manifest
     # Against the model without its adapter it would be far off.
     plain = StreamedModel(tiny_qwen2, dtype=torch.float32)
     other = reopen(tmp_path / "q", dtype=torch.float32, device="cpu")
-    assert kl < divergence(plain, other, mixed.check) / 2
+    assert found.kl < divergence(plain, other, mixed.check).kl / 2
 
 
 @pytest.fixture(scope="module")
@@ -388,8 +390,11 @@ def test_the_command_shows_what_it_chose_from_and_who_can_read_it(
     code, stdout, stderr = run(*common)
     assert code == 0, stderr
     assert stdout == f"{tmp_path / 'q'}\n"
-    assert re.search(r"measured KL \d\.\d\de-\d\d on \d+ tokens that were used for nothing else", stderr)
-    assert "followed by qquant, GPTQModel's own loader, vLLM and SGLang; transformers without" in stderr
+    assert re.search(
+        r"measured KL \d\.\d\de-\d\d \(standard error \d\.\de-\d\d\) on \d+ tokens that were used for nothing else",
+        stderr,
+    )
+    assert "followed by qquant, GPTQModel's own loader, vLLM and SGLang (" in stderr
     assert QUANTIZED_FOLDER.recognizes(tmp_path / "q")
     assert 0.98 * target <= weight_bytes(tmp_path / "q") <= target
 
@@ -428,18 +433,18 @@ def test_the_reference_model_lies_under_its_line(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     samples = qquant.load_samples(folder / "calib.txt", tokenizer, n_samples=24, seq_len=128)
     held_out = qquant.load_samples(folder / "eval.txt", tokenizer, n_samples=12, seq_len=128)
-    mixed = measure(folder, samples, QuantizeConfig(), sensitivity_tokens=512)
+    mixed = measure(folder, samples, QuantizeConfig(method="gptq"), sensitivity_tokens=512)
     measured: list[tuple[int, float]] = []
     for bits in (4, 8):
         pure = tmp_path / f"int{bits}"
-        quantize_checkpoint(folder, mixed.calibration, QuantizeConfig.from_dict({"bits": bits}), pure)
+        quantize_checkpoint(folder, mixed.calibration, QuantizeConfig(method="gptq", bits=bits), pure)
         other = reopen(pure, dtype=torch.float32, device="cpu")
-        measured.append((weight_bytes(pure), divergence(mixed.source, other, held_out)))
+        measured.append((weight_bytes(pure), divergence(mixed.source, other, held_out).kl))
     (small, worst), (large, best) = measured
     target = (small + large) // 2
     quantize_mixed(mixed, tmp_path / "mixed", target_bytes=target)
     size = weight_bytes(tmp_path / "mixed")
     assert 0.98 * target <= size <= target
-    kl = divergence(mixed.source, reopen(tmp_path / "mixed", dtype=torch.float32, device="cpu"), held_out)
+    kl = divergence(mixed.source, reopen(tmp_path / "mixed", dtype=torch.float32, device="cpu"), held_out).kl
     assert kl <= worst + (size - small) / (large - small) * (best - worst)
     assert kl < worst / 2  # it is a quarter of the line in docs/mixed-precision.md

@@ -161,3 +161,12 @@ def test_a_sketch_of_another_kind_is_refused(change: dict[str, Any]) -> None:
     sketch = {**sketch_of([text(11, 100)]), **change} if change else {}
     with pytest.raises(BadDataError, match="a sketch must be as this version writes it"):
         overlap_of(sketch, text(11, 100))
+
+
+def test_several_texts_are_looked_at_as_one_but_runs_do_not_go_from_one_into_the_next() -> None:
+    first, second = text(12, 40), text(13, 40)
+    apart = overlap_of(sketch_of([first, second]), first, second)
+    joined = overlap_of(sketch_of([first, second]), torch.cat([first, second]))
+    assert apart == Overlap(found=50, looked_at=50)  # 25 runs each
+    assert joined == Overlap(found=50, looked_at=65)  # and 15 that cross
+    assert overlap_of(sketch_of([first])) is None

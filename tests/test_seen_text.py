@@ -20,7 +20,11 @@ from qquant.evaluation import evaluate_long_context
 from qquant.quantizing import quantize_checkpoint
 from qquant.result_files import to_markdown
 from qquant.results import result_from_json
+from qquant.seen_text import seen_questions
 from qquant.sources import load_tokenizer
+from qquant.task_evaluation import evaluate_tasks
+from qquant.tasks.runner import Reply
+from tests.task_files import write_lines
 
 OPTIONS: dict[str, Any] = {"seq_len": 32, "speed": False}
 
@@ -135,6 +139,54 @@ def test_the_command_says_it_on_stderr(
     assert caplog.text.count("calibration and evaluation text overlap") == 1
     row = json.loads((tmp_path / "report" / "report.json").read_text())["rows"][1]
     assert row["calibration_overlap"] > 0.8
+
+
+# --- questions of tasks
+
+
+def asked(text: str) -> list[str]:
+    """Questions of 40 words each."""
+    found = text.split()
+    return [" ".join(found[at : at + 40]) for at in range(0, len(found), 40)]
+
+
+def test_questions_that_were_calibrated_on_are_warned_of_task_by_task(
+    int4: Path, tiny_qwen2: Path, texts: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = {name: asked(file.read_text(encoding="utf-8")) for name, file in texts.items()}
+    tokenizer = load_tokenizer(tiny_qwen2)
+    labels = {"tiny": tiny_qwen2, "int4": int4}
+    shares = seen_questions(labels, dict.fromkeys(labels, tokenizer), tasks)
+    assert shares.keys() == {"int4"}  # the original has no sketch
+    assert shares["int4"] > 0.5  # of the task "seen"; windows of calibration cut some questions in two
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("calibration and questions of seen overlap: of the evaluation's runs of 16 tokens, ")
+    assert f"{shares['int4']:.0%} by int4" in first
+    assert second.startswith("calibration and questions of half overlap")
+    assert second.endswith("leave that task out, or calibrate on other data")
+
+
+def test_questions_too_short_for_a_run_say_nothing(int4: Path, tiny_qwen2: Path) -> None:
+    assert seen_questions({"int4": int4}, {"int4": load_tokenizer(tiny_qwen2)}, {"mmlu": ["a b", "c d"]}) == {}
+
+
+def test_an_evaluation_on_tasks_warns_and_records_it(
+    int4: Path, tiny_qwen2: Path, texts: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def silent(model: Any, tokenizer: Any, questions: Any, *, batch_size: int) -> list[Reply]:
+        return [Reply(None, "", False) for _ in questions]
+
+    monkeypatch.setattr("qquant.tasks.asking.answer", silent)
+    questions = asked(texts["seen"].read_text(encoding="utf-8"))
+    write_lines(tmp_path / "test.jsonl", [{"question": one, "answer": "So it is.\n#### 1"} for one in questions])
+    found, _ = evaluate_tasks(tiny_qwen2, [int4], tasks=["gsm8k"], data={"gsm8k": tmp_path}, shots=0, style="base")
+    base, candidate = (row.calibration_overlap for row in found.rows)
+    assert base is None
+    assert candidate is not None
+    assert candidate > 0.5
+    assert "calibration and questions of gsm8k overlap" in caplog.text
+    assert f"calibration had seen about {candidate:.1%} (int4)" in to_markdown(found)
 
 
 # --- several sources on the command line

@@ -13,7 +13,7 @@ from qquant.long_report import SHOWN, LongPoint, LongScore
 from qquant.page.joined import Condition, grouped, identity, stored_as
 from qquant.page.tables import DASH, NOT_KNOWN, Table, make_table, number, percent
 from qquant.records import field
-from qquant.results import ModelRow, Result
+from qquant.results import ModelRow, Result, overlap_warnings
 
 _MEGA = 1e6
 _WORST_LAYERS = 3
@@ -109,7 +109,8 @@ def _divergence(results: Sequence[Result]) -> Iterator[Table]:
         value = dict(own)
         intro = f"Text {value['text']}; windows of {value['window']}; {value['dtype']} on {value['device']}."
         title = f"Perplexity and divergence of {members[0][1].rows[0].label} on {value['text'].split(',')[0]}"
-        yield make_table("accuracy", title, head, _rows(members, cells), labels=3, intro=intro, notes=notes)
+        seen = overlap_warnings([row for _, result in members for row in result.rows])
+        yield make_table("accuracy", title, head, _rows(members, cells), labels=3, intro=intro, notes=[*seen, *notes])
 
 
 def _sizes(results: Sequence[Result]) -> Iterator[Table]:
@@ -241,7 +242,8 @@ def _caches(results: Sequence[Result]) -> Iterator[Table]:
             f"{result.environment.device}. KL is to the same model with an exact cache."
         )
         title = f"What keys and values in 8 bits cost {cost.models[0].label}"
-        yield make_table("kv-cache", title, head, body, labels=2, intro=intro)
+        seen = overlap_warnings(result.rows)
+        yield make_table("kv-cache", title, head, body, labels=2, intro=intro, notes=seen)
 
 
 def _lengths(results: Sequence[Result]) -> Iterator[Table]:
@@ -262,6 +264,7 @@ def _lengths(results: Sequence[Result]) -> Iterator[Table]:
         )
         intro = f"Result {place}: {result.compute_dtype} on {result.environment.device}; tokens per window across."
         intro += f" Made for this many tokens: {made}." if made else ""
+        seen = overlap_warnings(result.rows)
         for name, part in (("all predictions", whole), (f"last {found.tail_tokens} tokens", tail)):
             body = [
                 [model.label, SHOWN[row.setting], *[f"{part(point).perplexity:.4f}" for point in row.points]]
@@ -270,7 +273,7 @@ def _lengths(results: Sequence[Result]) -> Iterator[Table]:
             ]
             head = ("model", "setting", *[f"{length:,}" for length in found.lengths_tokens])
             title = f"Perplexity of {found.models[0].label} by length, {name}"
-            yield make_table("long-context", title, head, body, labels=2, intro=intro)
+            yield make_table("long-context", title, head, body, labels=2, intro=intro, notes=seen)
 
 
 def _layers(results: Sequence[Result]) -> Iterator[Table]:

@@ -14,7 +14,7 @@ from qquant.charts.scales import disk_unit, signed_text
 from qquant.page.joined import DTYPES, Fact, Verdict, identity, published_size, stored_as
 from qquant.page.tables import NOT_KNOWN, PRECISIONS, Cell, Table, make_table, number, percent
 from qquant.published import ACCURACY
-from qquant.results import ModelRow, Result
+from qquant.results import ModelRow, Result, overlap_warnings
 from qquant.task_report import SHOWN as TASKS
 from qquant.task_report import Style, TaskName, TaskScore
 
@@ -93,7 +93,7 @@ def _scores(results: Sequence[Result]) -> Iterator[Table]:
         metrics = "; ".join(dict.fromkeys(_METRICS[task] for task in tasks))
         intro = f"Per cent, ± the standard error over items; {style} prompts; {metrics}. "
         intro += " ".join(f"{TASKS[task]}: {columns[task][0]}." for task in tasks)
-        notes = [
+        notes = overlap_warnings([line.row for line in lines], "the questions'") + [
             f"{TASKS[task]}, mark {mark}: not to be compared with the others of its column: {condition}."
             for task in tasks
             for mark, condition in enumerate(columns[task][1:], 1)
