@@ -34,7 +34,7 @@ DEAD_ZONES = (0.0, 1.0)
 """Octaves of imbalance that are let be."""
 LEAST_GAIN = 0.1
 """Share of the rounding error that a scaling must save; models without outliers stay far under it."""
-TOKENS = 8192
+TOKENS = 4096
 """Tokens that scales are chosen by."""
 
 _FARTHEST = 12  # largest exponent of two

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qquant.capture import BlockSource, Stream, check_finite, first_output, head
 from qquant.errors import NumericError, UsageError
 from qquant.models.layouts import block_list, linears
+from qquant.moments import Hessian
 from qquant.refinement import block_side
 from qquant.telling import OnProgress, say_once, unheard
 
@@ -81,12 +82,13 @@ def output_moments(
             call, mask = stream.calls[i][index], stream.masks[i]
             slopes[n] = _through_block(block, entering[n], call, slopes[n], mask, sums)
         source.release(index)
-        counted = sum(stream.counted(i, stream.hidden[i]).shape[0] for i in chosen)
         for name, moment in sums.items():
             full = f"{source.layout.blocks}.{index}.{name}"
-            found[full] = moment.sum / counted
-            if not bool(torch.isfinite(found[full]).all()):
-                raise NumericError(f"gradients must be finite, got NaN or Inf at {full}; compute in float32")
+            try:
+                found[full] = moment.finish()
+            except NumericError as error:
+                rule = "gradients must be finite, got NaN or Inf"
+                raise NumericError(f"{rule} at {full}; compute in float32") from error
         on_progress(_STEP, 2 * count - index, 2 * count)
     return found
 
@@ -100,7 +102,7 @@ def _refuse_inference_mode(model: nn.Module) -> None:
 
 
 class _Blocks:
-    """The sum of g g^T of one linear, in blocks along the diagonal."""
+    """The mean of g g^T of one linear, in blocks along the diagonal: gathered as inputs are for a Hessian."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.side = block_side(layer.out_features)
@@ -109,15 +111,19 @@ class _Blocks:
                 f"outputs are weighted together in blocks of the largest divisor up to 256, which for "
                 f"{layer.out_features} outputs is {self.side}: `output` gains little there"
             )
-        blocks = layer.out_features // self.side
-        self.sum = torch.zeros(blocks, self.side, self.side, device=layer.weight.device)
+        starts = range(0, layer.out_features, self.side)
+        self._sums = {start: Hessian(self.side, device=layer.weight.device) for start in starts}
 
     def add(self, slope: Tensor, mask: Tensor | None) -> None:
-        rows = slope.reshape(-1, slope.shape[-1]).to(torch.float32)
+        rows = slope.reshape(-1, slope.shape[-1])
         if mask is not None:
             rows = rows[mask.to(rows.device)]
-        parts = rows.reshape(rows.shape[0], -1, self.side).transpose(0, 1)
-        self.sum.baddbmm_(parts.transpose(1, 2), parts)
+        for start, moment in self._sums.items():
+            moment.add(rows[:, start : start + self.side])
+
+    def finish(self) -> Tensor:
+        """The means over tokens, [blocks, side, side]."""
+        return torch.stack([moment.finish() for moment in self._sums.values()])
 
 
 def _head_slope(
