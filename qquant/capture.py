@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qquant.calibrate import Sample
 from qquant.errors import BadModelError, NumericError
+from qquant.hooks import counted_rows
 from qquant.models.layouts import Layout, block_list, linears
 
 
@@ -44,9 +45,7 @@ class Stream:
 
     def counted(self, index: int, inputs: Tensor) -> Tensor:
         """The rows of sample ``index``'s inputs [1, T, K] that count: [T', K]."""
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        mask = self.masks[index]
-        return flat if mask is None else flat[mask.to(flat.device)]
+        return counted_rows(inputs, self.masks[index])
 
     def spread(self, tokens: int) -> list[int]:
         """Samples, evenly spaced, that hold about so many tokens; at least one."""
@@ -216,24 +215,3 @@ def input_of(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
     finally:
         hook.remove()
     return seen[0]
-
-
-@contextmanager
-def inputs_seen(layers: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """While this lasts: place in ``layers`` -> what reached that layer last."""
-    seen: dict[int, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, n=n: seen.__setitem__(n, args[0]))
-        for n, layer in enumerate(layers)
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden states of a module's output, which some models return as the first of a tuple."""
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from qquant.affine import choose_qparams, dequantize, quantize
 from qquant.config import QuantizeConfig
+from qquant.hooks import counted_rows, inputs_seen
 from qquant.models.layouts import Layout, Unit, linears
 from qquant.telling import say_once
 
@@ -58,8 +58,7 @@ class Passing:
 
     def counted(self, states: Tensor) -> Tensor:
         """The rows of [1, T, K] that count: [T', K]."""
-        rows = states.reshape(-1, states.shape[-1])
-        return rows if self.mask is None else rows[self.mask.to(rows.device)]
+        return counted_rows(states, self.mask)
 
 
 @dataclass(frozen=True)
@@ -353,25 +352,12 @@ def _inputs(block: nn.Module, names: Sequence[str], samples: Sequence[Passing]) 
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = 0
     for sample in samples:
-        with _seen_inputs(block, names) as seen:
+        with inputs_seen([block.get_submodule(name) for name in names]) as seen:
             block(sample.hidden, **sample.call)
-        for name, inputs in seen.items():
+        for place, inputs in seen.items():
+            name = names[place]
             rows = sample.counted(inputs).to(torch.float32)
             sizes, powers = sums.get(name, (rows.new_zeros(()), rows.new_zeros(())))
             sums[name] = (sizes + rows.abs().sum(0), powers + rows.square().sum(0))
         tokens += sample.counted(sample.hidden).shape[0]
     return {name: (sizes / max(1, tokens), powers / max(1, tokens)) for name, (sizes, powers) in sums.items()}
-
-
-@contextmanager
-def _seen_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, args[0]))
-        for name in names
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

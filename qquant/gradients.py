@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qquant.capture import BlockSource, Stream, check_finite, first_output, head
+from qquant.capture import BlockSource, Stream, check_finite, head
 from qquant.errors import NumericError, UsageError
+from qquant.hooks import counted_rows, first_output
 from qquant.models.layouts import block_list, linears
 from qquant.moments import Hessian
 from qquant.refinement import block_side
@@ -115,9 +116,7 @@ class _Blocks:
         self._sums = {start: Hessian(self.side, device=layer.weight.device) for start in starts}
 
     def add(self, slope: Tensor, mask: Tensor | None) -> None:
-        rows = slope.reshape(-1, slope.shape[-1])
-        if mask is not None:
-            rows = rows[mask.to(rows.device)]
+        rows = counted_rows(slope, mask)
         for start, moment in self._sums.items():
             moment.add(rows[:, start : start + self.side])
 

@@ -329,7 +329,8 @@ def _logits_of(source: Any, sample: Sample, device: torch.device | str) -> torch
     """Logits [1, T, vocab] of one sample through a folder that is read block by block."""
     import torch
 
-    from qquant.capture import capture, first_output, head
+    from qquant.capture import capture, head
+    from qquant.hooks import first_output
     from qquant.models.layouts import block_list
 
     source.load_outside(with_head=True)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from qquant.accuracy import kl_divergence, log_probs
-from qquant.capture import Stream, capture, discover_stages, first_output, head, inputs_seen
+from qquant.capture import Stream, capture, discover_stages, head
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, QquantError
 from qquant.heap import return_unused_memory
+from qquant.hooks import first_output, inputs_seen
 from qquant.models.layouts import block_list
 from qquant.moments import Hessian
 from qquant.samples import Sample

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qquant.hooks import first_output
 from qquant.solver import Solution
 
 RATE = 1e-3
@@ -161,7 +162,7 @@ def _slopes(
 
 def _run(block: nn.Module, weights: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
     output = functional_call(block, dict(weights), (lesson.hidden,), dict(lesson.call))
-    leaving: Tensor = output[0] if isinstance(output, tuple) else output
+    leaving = first_output(output)
     return leaving
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qquant.capture import BlockSource, Stream, check_finite, discover_stages, first_output, input_of, inputs_seen
+from qquant.capture import BlockSource, Stream, check_finite, discover_stages, input_of
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import NumericError, QquantError
 from qquant.folding import TOKENS as SCALING_TOKENS
 from qquant.folding import Passing, fold_block
 from qquant.heap import return_unused_memory
+from qquant.hooks import first_output, inputs_seen
 from qquant.models.layouts import Unit, block_list, linears
 from qquant.moments import CrossMoment, Hessian, Moments
 from qquant.refinement import OUTPUT_DAMP, damped

@@ -130,6 +130,7 @@ FLOORS = {
         "plain_attention",
         "layer_turns",
         "heap",
+        "hooks",
         "overlap",
         "cache_room",
         "affine",

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qquant.calibrate import samples_from_ids
-from qquant.capture import capture, first_output, head
+from qquant.capture import capture, head
 from qquant.errors import BadModelError, UsageError
+from qquant.hooks import first_output
 from qquant.models.layouts import block_list
 from qquant.shards import SINGLE_NAME
 from qquant.sources import (

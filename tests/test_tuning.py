@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import qquant
 from qquant.calibrate import Sample, samples_from_ids
-from qquant.capture import capture, first_output
+from qquant.capture import capture
 from qquant.config import QuantizeConfig
+from qquant.hooks import first_output
 from qquant.models.layouts import linears
 from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
