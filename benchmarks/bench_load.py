@@ -30,11 +30,11 @@ def write_checkpoint(args: argparse.Namespace) -> None:
 
     from qquant.checkpoint import quantization_keys
     from qquant.config import QuantizeConfig
+    from qquant.model_folder import skeleton
     from qquant.models.layouts import block_list, find_layout, linears
     from qquant.models.sizes import size_config
     from qquant.random_models import config_from_dict
     from qquant.shards import DTYPE_NAMES, ShardWriter, TensorSpec
-    from qquant.sources import skeleton
 
     content = size_config(args.size)
     for key, wanted in (("num_hidden_layers", args.layers), ("vocab_size", args.vocabulary)):
@@ -105,7 +105,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
 
     import qquant
     from qquant.measure import MemoryMeter, weights_bytes
-    from qquant.sources import read_config, skeleton
+    from qquant.model_folder import read_config, skeleton
 
     file_bytes = weights_bytes(args.load_from)
     load_quantized = qquant.load_quantized

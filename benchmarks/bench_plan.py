@@ -91,9 +91,9 @@ def measure(shape: str, precision: Any, kv: Any, batch: int, prompt: int, new: i
     import qquant
     from qquant import kv_cache_quant  # noqa: F401
     from qquant.footprint import footprint
+    from qquant.model_folder import skeleton
     from qquant.random_models import random_model
     from qquant.shapes import model_shapes
-    from qquant.sources import skeleton
 
     options: dict[str, Any] = {"max_position_embeddings": 8192, "tie_word_embeddings": False, **SHAPES[shape]}
     config = Qwen2Config(**options)

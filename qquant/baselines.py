@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qquant.errors import BadModelError, UsageError
+from qquant.model_folder import BUILD_ERRORS, read_config
 from qquant.shards import INDEX_NAME, CheckpointReader
-from qquant.sources import BUILD_ERRORS, read_config
 from qquant.text_sources import one_line
 
 _log = logging.getLogger("qquant")

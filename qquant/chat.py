@@ -53,7 +53,8 @@ def open_conversation(
     from qquant.checkpoint import load_model
     from qquant.conversation import Conversation, choose_style
     from qquant.json_files import read_json
-    from qquant.sources import load_tokenizer, pick_device, pick_dtype, resolve_folder
+    from qquant.model_folder import load_tokenizer, resolve_folder
+    from qquant.sources import pick_device, pick_dtype
 
     if kv_cache not in _CACHES:
         raise UsageError(f"--kv-cache must be one of {', '.join(_CACHES)}, got {kv_cache!r}")

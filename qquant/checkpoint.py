@@ -28,13 +28,14 @@ from qquant.hf_plugin import GptqLoader, say_kernels, swap_linears
 from qquant.json_files import read_json, write_json
 from qquant.kv_cache_quant import enable_as_configured
 from qquant.linear_kernels import Kernel, check_activation_bits, wished
+from qquant.model_folder import BUILD_ERRORS, read_config, resolve_folder
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period
 from qquant.publish import Kind
 from qquant.rounded_head import check_head_bits, round_head
 from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.solver import group_columns
-from qquant.sources import BUILD_ERRORS, LoadedModel, StreamedModel, compute_dtype, read_config, resolve_folder
+from qquant.sources import LoadedModel, StreamedModel, compute_dtype
 from qquant.text_sources import one_line
 
 _log = logging.getLogger("qquant")

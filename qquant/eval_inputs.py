@@ -20,8 +20,9 @@ from qquant.calibrate import check_tokenizer
 from qquant.console import printable
 from qquant.errors import BadDataError, UsageError
 from qquant.measure import DECODE_ROUNDS, DECODE_TOKENS
+from qquant.model_folder import load_tokenizer, read_config, resolve_folder
 from qquant.shards import DTYPES, CheckpointReader
-from qquant.sources import compute_dtype, load_tokenizer, pick_device, pick_dtype, read_config, resolve_folder
+from qquant.sources import compute_dtype, pick_device, pick_dtype
 
 OWN_TEXT = "eval.txt"
 """A text of this name in the baseline's folder is evaluated on when no other is named."""

@@ -105,9 +105,9 @@ def evaluate_checkpoints(
     from qquant.journal import kept
     from qquant.kv_accuracy import measure_kv_cache
     from qquant.kv_schemes import check_cacheable
+    from qquant.model_folder import load_tokenizer, read_config
     from qquant.results import Data
     from qquant.seen_text import seen_shares
-    from qquant.sources import load_tokenizer, read_config
 
     stride = max(1, seq_len // 2) if stride is None else stride
     list(windows(2, seq_len=seq_len, stride=stride))  # refuses a bad pair now and not after the models are loaded

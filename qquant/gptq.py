@@ -111,9 +111,10 @@ def quantize_command(
         target = _target(target_size, max_kl)
         from qquant.adapter import Adapter
         from qquant.checkpoint import QUANTIZED_FOLDER
+        from qquant.model_folder import read_config, resolve_folder
         from qquant.progress import module_progress, quiet_transformers, step_progress
         from qquant.publish import refuse_existing
-        from qquant.sources import pick_device, pick_dtype, read_config, resolve_folder
+        from qquant.sources import pick_device, pick_dtype
 
         refuse_existing(out, QUANTIZED_FOLDER, overwrite=overwrite)
         if adapter is not None:
@@ -250,9 +251,9 @@ def _read_samples(
     """The samples, with the options that ``load_mixture`` takes and checks; None where nothing needs any."""
     from qquant.calibrate import check_tokenizer, load_mixture
     from qquant.errors import UsageError
+    from qquant.model_folder import load_tokenizer
     from qquant.side_files import tokenizer_folder
     from qquant.source_weights import parse_sources
-    from qquant.sources import load_tokenizer
 
     if not config.needs_data and not needed:
         return None

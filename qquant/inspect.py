@@ -33,8 +33,8 @@ def inspect_command(
 ) -> None:
     """Show what a checkpoint holds. Exit code 4 if it would not load, or is not what its manifest says."""
     with user_errors(debug=debug):
+        from qquant.model_folder import resolve_folder
         from qquant.progress import quiet_transformers, step_progress
-        from qquant.sources import resolve_folder
 
         quiet_transformers()
         with step_progress() as on_progress:

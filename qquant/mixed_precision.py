@@ -20,10 +20,11 @@ from qquant.checkpoint import plan_tensors, reopen
 from qquant.config import QuantizeConfig
 from qquant.errors import BadDataError, UsageError
 from qquant.mixed_settings import label, rules_for, settings_of, stage_bytes
+from qquant.model_folder import resolve_folder
 from qquant.samples import Sample
 from qquant.sensitivity import Divergence, StageCost, divergence, measure_stages
 from qquant.shards import written_bytes
-from qquant.sources import StreamedModel, resolve_folder
+from qquant.sources import StreamedModel
 from qquant.telling import OnProgress, say_once, unheard
 
 RECORD_NAME = "mixed_precision.json"

@@ -29,9 +29,9 @@ from qquant.checkpoint import load_model
 from qquant.heap import keep_freed_memory
 from qquant.kv_cache_quant import enable_kv_quant
 from qquant.measure import MemoryMeter, device_used_bytes, free_memory_bytes, tensor_bytes
+from qquant.model_folder import read_config, skeleton
 from qquant.profile_report import CellKey, CellMemory, CellRequest, CellSpeed, ProfileCell, out_of_memory_line
 from qquant.random_models import BITS, config_from_dict, random_model
-from qquant.sources import read_config, skeleton
 from qquant.text_sources import one_line
 
 OnStep = Callable[[], None]

@@ -28,13 +28,14 @@ from qquant.footprint import ModelShapes, footprint
 from qquant.identity import model_sha256
 from qquant.journal import Journal, resumable
 from qquant.measure import environment
+from qquant.model_folder import read_config, resolve_folder, skeleton
 from qquant.models.sizes import SIZES, size_config
 from qquant.profile_report import CellKey, CellRequest, Profile, ProfileCell
 from qquant.random_models import BITS, DTYPES, config_from_dict
 from qquant.records import Footprint, KVKind, Precision
 from qquant.results import ModelRow, Result
 from qquant.shapes import model_shapes
-from qquant.sources import compute_dtype, pick_device, read_config, resolve_folder, skeleton
+from qquant.sources import compute_dtype, pick_device
 from qquant.stored_bytes import refuse_beyond_counting, refuse_uneven_groups
 from qquant.telling import OnProgress, unheard
 

@@ -93,11 +93,12 @@ def quantize_checkpoint(
     from qquant.folding import foldable
     from qquant.gradients import output_moments
     from qquant.linear import QuantLinear
+    from qquant.model_folder import resolve_folder
     from qquant.models.layouts import block_list
     from qquant.publish import published
     from qquant.shards import DTYPES, ShardWriter
     from qquant.side_files import collect
-    from qquant.sources import StreamedModel, resolve_folder
+    from qquant.sources import StreamedModel
     from qquant.walk import Walk
 
     folder, target = resolve_folder(str(model)), Path(out)

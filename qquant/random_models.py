@@ -16,11 +16,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qquant.errors import BadModelError, UsageError
 from qquant.linear import QuantLinear
+from qquant.model_folder import BUILD_ERRORS, skeleton
 from qquant.model_kernels import attach_kernels
 from qquant.models.layouts import block_list, find_layout, linears
 from qquant.packing import in_order, packable
 from qquant.records import Precision
-from qquant.sources import BUILD_ERRORS, skeleton
 from qquant.stored_bytes import BITS as BITS
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,9 +16,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from qquant.errors import BadModelError
 from qquant.footprint import CacheShape, LinearShape, ModelShapes
+from qquant.model_folder import BUILD_ERRORS, read_config, skeleton
 from qquant.models.layouts import Layout, block_list, find_layout, linears
 from qquant.models.sizes import SIZES
-from qquant.sources import BUILD_ERRORS, read_config, skeleton
 from qquant.text_sources import one_line
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")

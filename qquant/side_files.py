@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 
 from qquant.errors import BadModelError
 from qquant.json_files import read_json, write_json
-from qquant.sources import QWEN_CODE, VOCABULARIES, load_tokenizer
+from qquant.model_folder import QWEN_CODE, VOCABULARIES, load_tokenizer
 from qquant.text_sources import one_line
 
 _log = logging.getLogger("qquant")

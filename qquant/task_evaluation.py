@@ -94,8 +94,9 @@ def evaluate_tasks(
     from qquant.eval_models import tokenizers as tokenizer_hashes
     from qquant.eval_record import finished_result
     from qquant.journal import kept
+    from qquant.model_folder import load_tokenizer, resolve_folder
     from qquant.seen_text import seen_questions
-    from qquant.sources import load_tokenizer, pick_device, resolve_folder
+    from qquant.sources import pick_device
     from qquant.tasks.asking import ask, put, put_with_lm_eval
 
     names, harness = _checked(tasks, style, prompt_format, backend, allow_code_execution=allow_code_execution)

@@ -18,10 +18,10 @@ from qquant.calibrate import Sample, load_samples, samples_from_ids
 from qquant.checkpoint import QUANTIZED_FOLDER, check_logits, sha256
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, UsageError
+from qquant.model_folder import load_tokenizer
 from qquant.publish import published, refuse_existing
 from qquant.quantizing import quantize_checkpoint, quantize_model
 from qquant.shards import INDEX_NAME, SINGLE_NAME, CheckpointReader, weight_files
-from qquant.sources import load_tokenizer
 from tests.conftest import CHAT_TEMPLATE, Factory
 from tests.packed import dense_logits, logits_of
 

@@ -27,8 +27,8 @@ from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError, NumericError, UsageError
 from qquant.inspect import examine as inspect_folder
 from qquant.linear import QuantLinear
+from qquant.model_folder import load_tokenizer
 from qquant.shards import ShardWriter
-from qquant.sources import load_tokenizer
 from tests.compat import (
     assert_same_tensors,
     examples,

@@ -18,16 +18,16 @@ import qquant
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qquant"
 
-DOORS = 11
+DOORS = 12
 GROUND = 1
 FLOORS = {
-    13: {"compat.auto_gptq"},
-    12: {"compat.saving"},
-    11: {"cli", "__main__", "gptq", "eval", "doctor", "inspect", "chat", "plan", "profile", "report"},
-    10: {"quantizing", "evaluation", "task_evaluation", "planning", "profile_grid"},
-    9: {"eval_models", "seen_text", "profile_cell", "mixed_precision"},
-    8: {"checkpoint", "kv_accuracy", "mixed_settings"},
-    7: {
+    14: {"compat.auto_gptq"},
+    13: {"compat.saving"},
+    12: {"cli", "__main__", "gptq", "eval", "doctor", "inspect", "chat", "plan", "profile", "report"},
+    11: {"quantizing", "evaluation", "task_evaluation", "planning", "profile_grid"},
+    10: {"eval_models", "seen_text", "profile_cell", "mixed_precision"},
+    9: {"checkpoint", "kv_accuracy", "mixed_settings"},
+    8: {
         "walk",
         "gradients",
         "sensitivity",
@@ -41,7 +41,8 @@ FLOORS = {
         "baselines",
         "compat.script_inputs",
     },
-    6: {"sources", "capture"},
+    7: {"sources", "capture"},
+    6: {"model_folder"},
     5: {"model_kernels", "models.qwen.modeling"},
     4: {
         "tuning",

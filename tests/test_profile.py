@@ -17,6 +17,7 @@ from qquant import profile_grid
 from qquant.errors import BadModelError, StoppedError, UsageError
 from qquant.footprint import footprint
 from qquant.journal import journal_of
+from qquant.model_folder import read_config
 from qquant.models.sizes import size_config
 from qquant.profile_grid import Grid, profile_models
 from qquant.profile_report import (
@@ -34,7 +35,6 @@ from qquant.records import Footprint
 from qquant.result_files import to_markdown
 from qquant.results import result_from_json
 from qquant.shapes import model_shapes
-from qquant.sources import read_config
 from tests.packed import pack_by_hand
 
 Asked = list[CellRequest]

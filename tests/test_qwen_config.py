@@ -11,10 +11,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from qquant.errors import BadModelError, UsageError
+from qquant.model_folder import read_config
 from qquant.models.qwen.configuration import QWenConfig
 from qquant.models.qwen.modeling import QWenLMHeadModel
 from qquant.models.qwen.positions import from_mask
-from qquant.sources import read_config
 from tests.make_qwen_v1 import make_qwen_v1
 
 REFUSED: dict[str, Any] = {

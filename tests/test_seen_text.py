@@ -17,11 +17,11 @@ from qquant.cli import app
 from qquant.config import QuantizeConfig
 from qquant.eval import evaluate_checkpoints
 from qquant.evaluation import evaluate_long_context
+from qquant.model_folder import load_tokenizer
 from qquant.quantizing import quantize_checkpoint
 from qquant.result_files import to_markdown
 from qquant.results import result_from_json
 from qquant.seen_text import seen_questions
-from qquant.sources import load_tokenizer
 from qquant.task_evaluation import evaluate_tasks
 from qquant.tasks.runner import Reply
 from tests.task_files import write_lines

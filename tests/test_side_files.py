@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 import qquant
 from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError
+from qquant.model_folder import QWEN_CODE, load_tokenizer
 from qquant.quantizing import quantize_checkpoint
 from qquant.side_files import collect, tokenizer_folder
-from qquant.sources import QWEN_CODE, load_tokenizer
 from tests.adapters import saved, trained
 from tests.make_qwen_v1 import make_qwen_v1
 

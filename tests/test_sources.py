@@ -18,18 +18,10 @@ from qquant.calibrate import samples_from_ids
 from qquant.capture import capture, head
 from qquant.errors import BadModelError, UsageError
 from qquant.hooks import first_output
+from qquant.model_folder import QWEN_CODE, load_tokenizer, read_config, resolve_folder
 from qquant.models.layouts import block_list
 from qquant.shards import SINGLE_NAME
-from qquant.sources import (
-    QWEN_CODE,
-    LoadedModel,
-    StreamedModel,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    read_config,
-    resolve_folder,
-)
+from qquant.sources import LoadedModel, StreamedModel, pick_device, pick_dtype
 from tests.conftest import Factory
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -241,14 +233,14 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_clear_line(monkeypatch: pytest.M
     def refuse(*_: object, **__: object) -> str:
         raise OSError("cannot reach\nthe hub")
 
-    monkeypatch.setattr("qquant.sources.snapshot_download", refuse)
+    monkeypatch.setattr("qquant.model_folder.snapshot_download", refuse)
     with pytest.raises(BadModelError, match=r"owner/name is no local folder.*cannot reach the hub$"):
         resolve_folder("owner/name")
 
 
 def test_of_code_only_the_files_that_qwen_carries_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("qquant.sources.snapshot_download", lambda _, **options: asked.update(options) or tmp_path)
+    monkeypatch.setattr("qquant.model_folder.snapshot_download", lambda _, **options: asked.update(options) or tmp_path)
     assert resolve_folder("owner/name") == tmp_path
     patterns = set(asked["allow_patterns"])
     assert patterns > set(QWEN_CODE)  # by name; they are copied and never run

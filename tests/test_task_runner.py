@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qquant.errors import BadDataError, BadModelError, NumericError
+from qquant.model_folder import load_tokenizer
 from qquant.models.qwen.modeling import register_qwen
 from qquant.models.qwen.tokenization import register_tokenizer
-from qquant.sources import load_tokenizer
 from qquant.tasks.items import Item, Question
 from qquant.tasks.prompts import prompt_of, room_of
 from qquant.tasks.runner import answer, batches

@@ -39,9 +39,10 @@ from qquant.errors import UsageError
 from qquant.hf_plugin import check_keys, check_values, register
 from qquant.json_files import read_json, write_json
 from qquant.methods import best_without
+from qquant.model_folder import read_config, resolve_folder
 from qquant.quantizing import quantize_model
 from qquant.shards import weight_files
-from qquant.sources import StreamedModel, compute_dtype, read_config, resolve_folder
+from qquant.sources import StreamedModel, compute_dtype
 
 _log = logging.getLogger("qquant")
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from qquant.checkpoint import load_model
-from qquant.sources import load_tokenizer
+from qquant.model_folder import load_tokenizer
 from qquant.tasks.files import read_task
 from qquant.tasks.items import Question, TaskName, TaskSet
 from qquant.tasks.lm_eval_backend import Sample, run_harness
