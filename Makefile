@@ -1,5 +1,5 @@
-# One command each: quickstart, test, check, sanitize, interop, lm-eval, bench, gpu. Each makes what it needs and
-# remembers it, so the second call starts at once. Nothing is needed beforehand but a Python 3.11 or newer.
+# One command each: quickstart, test, check, reliability, sanitize, interop, lm-eval, bench, gpu. Each makes what it
+# needs and remembers it, so the second call starts at once. Nothing is needed beforehand but a Python 3.11 or newer.
 #
 #   PYTHON=python3.12   which interpreter makes the environment (and runs `gpu`)
 #   VENV=.venv          where the environment is
@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q -q
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format sanitize interop lm-eval bench gpu clean
+.PHONY: help install quickstart test check format reliability sanitize interop lm-eval bench gpu clean
 
 help:
 	@echo "make quickstart   quantize and evaluate the example model, and say where the report is"
@@ -27,6 +27,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make check        lint, formatting, types"
 	@echo "make format       let ruff repair what it can"
+	@echo "make reliability  kill, starve and mislead it thousands of times, and write docs/reliability.md: half an hour"
 	@echo "make sanitize     run the CPU kernels under address and undefined-behaviour sanitizers"
 	@echo "make interop      exchange checkpoints with other GPTQ tools, in an environment of its own"
 	@echo "make lm-eval      compare every decision with lm-evaluation-harness, in an environment of its own"
@@ -83,6 +84,10 @@ check: $(STAMP)-package $(STAMP)-dev
 format: $(STAMP)-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+reliability: $(STAMP)-package $(STAMP)-dev $(STAMP)-vocabulary
+	QQUANT_RELIABILITY_RECORD=docs/reliability.md $(PY) -m pytest -q -n $(WORKERS) --dist worksteal \
+		-m "reliability or not reliability" tests/reliability $(PYTEST_ARGS)
 
 sanitize: $(STAMP)-package $(STAMP)-dev
 	$(PY) -m pytest -q tests/test_linear_sanitized.py tests/test_step_sanitized.py tests/test_pack_sanitized.py

@@ -34,7 +34,8 @@ def write_checkpoint(args: argparse.Namespace) -> None:
     from qquant.models.layouts import block_list, find_layout, linears
     from qquant.models.sizes import size_config
     from qquant.random_models import config_from_dict
-    from qquant.shards import DTYPE_NAMES, ShardWriter, TensorSpec
+    from qquant.shard_writer import ShardWriter
+    from qquant.shards import DTYPE_NAMES, TensorSpec
 
     content = size_config(args.size)
     for key, wanted in (("num_hidden_layers", args.layers), ("vocab_size", args.vocabulary)):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qquant.calibrate import Sample as Sample
     from qquant.calibrate import load_samples as load_samples
     from qquant.checkpoint import load_quantized as load_quantized
+    from qquant.code_keys import ignoring_code as ignoring_code
     from qquant.config import QuantizeConfig as QuantizeConfig
     from qquant.errors import QquantError as QquantError
     from qquant.hf_plugin import register as register
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qquant.kv_cache_quant import quantize_cache_v as quantize_cache_v
     from qquant.quantizing import quantize_checkpoint as quantize_checkpoint
     from qquant.quantizing import quantize_model as quantize_model
+    from qquant.verification import verify_checkpoint as verify_checkpoint
 
 __version__ = "0.1.0"
 
@@ -34,12 +36,14 @@ _HOME = {
     "dequantize_cache_torch": "qquant.kv_cache_quant",
     "disable_kv_quant": "qquant.kv_cache_quant",
     "enable_kv_quant": "qquant.kv_cache_quant",
+    "ignoring_code": "qquant.code_keys",
     "load_quantized": "qquant.checkpoint",
     "load_samples": "qquant.calibrate",
     "quantize_cache_v": "qquant.kv_cache_quant",
     "quantize_checkpoint": "qquant.quantizing",
     "quantize_model": "qquant.quantizing",
     "register": "qquant.hf_plugin",
+    "verify_checkpoint": "qquant.verification",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -50,17 +50,17 @@ def choose_qparams(
     high = weight.amax(-1).clamp(min=0) * shrink
     if sym and signed:
         farthest = torch.where(high > -low, -high, -low)
-        scale = _storable(farthest.abs() / 2 ** (bits - 1)).copysign(farthest)
+        scale = _storable(farthest.abs() / 2 ** (bits - 1), levels).copysign(farthest)
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     if sym:
         reach = torch.maximum(high, -low)
-        scale = _storable(2 * reach / levels)
+        scale = _storable(2 * reach / levels, levels)
         return scale, torch.full_like(scale, 2 ** (bits - 1))
-    scale = _storable((high - low) / levels)
+    scale = _storable((high - low) / levels, levels)
     zero = (-low / scale).round().clamp(max=levels)
     # Nothing below 0: level 0 would be the zero, which v1 cannot store. Give one level away instead.
     all_positive = zero < 1
-    scale = torch.where(all_positive, _storable(high / (levels - 1)), scale)
+    scale = torch.where(all_positive, _storable(high / (levels - 1), levels), scale)
     return scale, torch.where(all_positive, torch.ones_like(zero), zero)
 
 
@@ -135,11 +135,17 @@ def _loop_loss(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: T
     return loss
 
 
-def _storable(scale: Tensor) -> Tensor:
-    """Round to a positive float16 value; an all-zero group gets the smallest scale, which stores it exactly."""
-    if bool((scale > _LARGEST_SCALE).any()):
+def _storable(scale: Tensor, levels: int) -> Tensor:
+    """Round to a positive float16 value; an all-zero group gets the smallest scale, which stores it exactly.
+
+    To the nearest, unless that would clip a group's largest value by more than half a step: where float16 scales lie
+    far apart, 2**-24 below 2**-14, it may be half of the scale or less, and the next larger one is taken.
+    """
+    if not bool((scale <= _LARGEST_SCALE).all()):  # NaN is not either
         raise NumericError(
-            f"a group's scale must fit float16 (at most {_LARGEST_SCALE:g}), got {float(scale.max()):g}; "
-            "the weights are far too large to be sound: check the source checkpoint"
+            f"a group's scale must fit float16, in which the GPTQ format stores it (at most {_LARGEST_SCALE:g}), got "
+            f"{float(scale.max()):g}; check the source checkpoint, and if such weights are meant, leave the module "
+            "alone with --skip"
         )
-    return scale.to(torch.float16).to(scale.dtype).clamp(min=_SMALLEST_SCALE)
+    found = scale.to(torch.float16).to(scale.dtype).clamp(min=_SMALLEST_SCALE)
+    return torch.where(levels * (scale - found) > found, found + _SMALLEST_SCALE, found)

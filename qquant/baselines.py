@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qquant.errors import BadModelError, UsageError
-from qquant.model_folder import BUILD_ERRORS, read_config
-from qquant.shards import INDEX_NAME, CheckpointReader
+from qquant.model_folder import BUILD_ERRORS, name_weights, read_config
+from qquant.shards import CheckpointReader
 from qquant.text_sources import one_line
 
 _log = logging.getLogger("qquant")
@@ -53,13 +53,12 @@ def load_bitsandbytes(
         BadModelError: damaged or incomplete files, or a model that cannot be built.
     """
     check_bitsandbytes(folder, kind)
-    stored = CheckpointReader(folder)  # refuses damaged files, and names that lead outside, before they are opened
+    CheckpointReader(folder)  # refuses damaged files, and names that lead outside, before they are opened
     config = read_config(folder)
     if kind == "llm-int8" and dtype != torch.float16:
         name = str(dtype).removeprefix("torch.")
         _log.warning("llm-int8 rounds activations to float16 on their way to 8 bits; the rest runs in %s", name)
-    # Named outright, so that transformers reads the files that were checked here.
-    config.transformers_weights = INDEX_NAME if (folder / INDEX_NAME).exists() else stored.files[0].name
+    name_weights(config, folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

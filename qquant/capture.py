@@ -5,7 +5,7 @@ Calibration samples travel as a ``Stream``. What is done with the inputs (Hessia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qquant.activations import Activations
 from qquant.calibrate import Sample
 from qquant.errors import BadModelError, NumericError
 from qquant.hooks import counted_rows
@@ -28,30 +29,44 @@ class BlockSource(Protocol):
     def load(self, index: int) -> nn.Module:
         """Block ``index`` with its weights in memory."""
 
+    def prefetch(self, index: int) -> None:
+        """Block ``index`` will be asked for soon, if there is one."""
+
     def release(self, index: int) -> None:
         """The walk is done with the block."""
+
+    def load_outside(self, *, with_head: bool) -> None:
+        """What stands outside the blocks can be run; the output projection only if it is wanted."""
+
+    def release_outside(self) -> None:
+        """What stands outside the blocks is not needed for a while."""
 
 
 @dataclass
 class Stream:
     """The calibration samples as they stand before the current block."""
 
-    hidden: list[Tensor]
+    hidden: list[Tensor] | Activations
     """Per sample: [1, T, hidden], in the compute dtype."""
     masks: list[Tensor | None]
     """Per sample: [T] bool, False tokens are left out of Hessians; None: all count."""
     calls: list[list[dict[str, Any]]]
     """Per sample, per block: the keyword arguments the model gives the block (shared between samples of one length)."""
+    lengths: list[int]
+    """Per sample: T."""
 
     def counted(self, index: int, inputs: Tensor) -> Tensor:
         """The rows of sample ``index``'s inputs [1, T, K] that count: [T', K]."""
         return counted_rows(inputs, self.masks[index])
 
     def spread(self, tokens: int) -> list[int]:
-        """Samples, evenly spaced, that hold about so many tokens; at least one."""
-        lengths = [hidden.shape[1] for hidden in self.hidden]
-        wanted = max(1, min(len(lengths), round(tokens * len(lengths) / max(1, sum(lengths)))))
-        return [n * len(lengths) // wanted for n in range(wanted)]
+        """Samples, about evenly spaced, that hold about so many tokens; at least one.
+
+        Each lies by one further on in its stretch than the one before, so that they are not all in one rank's lane.
+        """
+        count = len(self.lengths)
+        wanted = max(1, min(count, round(tokens * count / max(1, sum(self.lengths)))))
+        return [n * count // wanted + n % (count // wanted) for n in range(wanted)]
 
 
 class _Stop(Exception):
@@ -97,13 +112,20 @@ def _replaced_blocks(model: nn.Module, layout: Layout, stand_ins: Sequence[nn.Mo
 
 
 @torch.no_grad()
-def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device | str) -> Stream:
+def capture(
+    source: BlockSource,
+    samples: Sequence[Sample],
+    device: torch.device | str,
+    *,
+    keep: Callable[[int, Tensor], None] | None = None,
+) -> Stream:
     """Run everything before the first block and note what each block will be called with.
 
     Args:
         source: the model; its embeddings must be in memory, its blocks need not.
         samples: calibration samples.
         device: where the model's embeddings are.
+        keep: receives the number of each sample and its hidden states, which are then not kept in the stream.
 
     Returns:
         The stream in front of block 0.
@@ -111,12 +133,14 @@ def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device
     model, layout = source.model, source.layout
     blocks = block_list(model, layout)
     recorders = [_Recorder(block, index == len(blocks) - 1) for index, block in enumerate(blocks)]
-    stream = Stream([], [], [])
+    held: list[Tensor] = []
+    stream = Stream(held, [], [], [len(sample.input_ids) for sample in samples])
     known: dict[int, list[dict[str, Any]]] = {}
     with _replaced_blocks(model, layout, recorders):
-        for sample in samples:
+        for number, sample in enumerate(samples):
             ids, mask = sample.input_ids.to(device)[None], sample.mask
             whole = bool(mask.all())
+            stream.masks.append(None if whole else mask)
             try:
                 model(input_ids=ids, attention_mask=None if whole else mask.long().to(device)[None], use_cache=False)
             except _Stop:
@@ -137,8 +161,7 @@ def capture(source: BlockSource, samples: Sequence[Sample], device: torch.device
                 calls = [recorder.call for recorder in recorders]
                 if whole:
                     known[length] = calls
-            stream.hidden.append(hidden.clone())
-            stream.masks.append(None if whole else mask)
+            (keep or (lambda _, tensor: held.append(tensor)))(number, hidden.clone())
             stream.calls.append(calls)
     return stream
 
@@ -157,9 +180,9 @@ def head(source: BlockSource, hidden: Tensor, device: torch.device | str) -> Ten
     return logits
 
 
-def check_finite(hidden: list[Tensor], name: str) -> None:
-    """Refuse what leaves a block, one [1, T, hidden] per sample, if it is not all finite: a ``NumericError``."""
-    for i, sample in enumerate(hidden):
+def check_finite(hidden: Iterable[tuple[int, Tensor]], name: str) -> None:
+    """Refuse what leaves a block, the number and [1, T, hidden] of each sample, if not all finite: ``NumericError``."""
+    for i, sample in hidden:
         if not bool(torch.isfinite(sample).all()):
             raise NumericError(f"activations must be finite, got NaN or Inf after {name} (calibration sample {i})")
 

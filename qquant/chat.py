@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qquant.code_keys import ignoring_code
 from qquant.console import printable, user_errors
 from qquant.errors import QquantError, UsageError
 
@@ -78,10 +79,13 @@ def chat_command(
     kv_cache: Annotated[str, typer.Option("--kv-cache", help="int8, off, or auto: as config.json says.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    ignore_code: Annotated[
+        bool, typer.Option("--ignore-code", help="Open a folder whose files name code, without it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Chat with a model, one line per turn; :help lists the commands. Answers go to stdout, all else to stderr."""
-    with user_errors(debug=debug):
+    with user_errors(debug=debug), ignoring_code(ignore_code):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         from qquant.chat_terminal import parse_settings
         from qquant.progress import quiet_transformers, step_progress

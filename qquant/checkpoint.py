@@ -5,11 +5,9 @@ The tensors' layout is packing.py, reading and writing shards is shards.py, the 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,22 +17,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qquant
-from qquant.adapter import WEIGHTS_NAME
-from qquant.adapter_settings import CONFIG_NAME
+from qquant.columns import group_columns
 from qquant.config import QuantizeConfig, QuantizeLog
+from qquant.device_map import check_places, computes_on_cpu
 from qquant.errors import BadModelError, NumericError, QquantError, UsageError
 from qquant.gptq_keys import METHOD, GptqFileConfig, check_keys
 from qquant.hf_plugin import GptqLoader, say_kernels, swap_linears
+from qquant.identity import sha256
 from qquant.json_files import read_json, write_json
 from qquant.kv_cache_quant import enable_as_configured
 from qquant.linear_kernels import Kernel, check_activation_bits, wished
-from qquant.model_folder import BUILD_ERRORS, read_config, resolve_folder
+from qquant.model_folder import BUILD_ERRORS, check_plain, name_weights, read_config, resolve_folder
 from qquant.models.layouts import block_list, linears
 from qquant.packing import packable, period
 from qquant.publish import Kind
 from qquant.rounded_head import check_head_bits, round_head
-from qquant.shards import INDEX_NAME, CheckpointReader, TensorSpec, weight_files
-from qquant.solver import group_columns
+from qquant.run_identity import versions
+from qquant.shards import CheckpointReader, TensorSpec, all_finite
 from qquant.sources import LoadedModel, StreamedModel, compute_dtype
 from qquant.text_sources import one_line
 
@@ -43,6 +42,7 @@ _log = logging.getLogger("qquant")
 MANIFEST_NAME = "manifest.json"
 LOG_NAME = "quant_log.json"
 _NOTHING_LEFT = "the rules leave every linear layer alone, so there is nothing to quantize; remove some"
+_TOKENS = 16  # whose logits are compared at a time: with all at once come four times the logits in float32
 _ZEROS_AS = "gptqmodel:0.9.0"
 """GPTQModel refuses asymmetric v1 zeros unless a writer is named that stores them by its rule, as we do."""
 
@@ -180,31 +180,37 @@ def write_manifest(
     target: Path,
     *,
     source: Path,
+    source_files: Mapping[str, str],
     config: QuantizeConfig,
     data: Mapping[str, Any],
     log: QuantizeLog,
     computed_in: str,
     adapter: Path | None = None,
+    adapter_files: Mapping[str, str] | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     files: Collection[str] | None = None,
 ) -> None:
     """The quantization log and a manifest of everything: inputs, options, versions and the sha256 of every file.
 
+    ``source_files`` and ``adapter_files`` are names and sha256 of what was read in these folders, ``config_changes``
+    what config.json says otherwise than the source's: of a padded MLP its width.
+    ``fallbacks`` in it says of each linear that was not quantized as asked what was done instead; empty: all were.
     Of the folder's files the manifest vouches for those whose names are in ``files``; None: for all of them.
     Neither holds times, paths or text, so the same inputs give the same bytes.
     """
     write_json(target / LOG_NAME, log.model_dump(mode="json", exclude={"modules": {"__all__": {"seconds"}}}))
-    names = [*sorted(path.name for path in weight_files(source)), "config.json"]
     write_json(
         target / MANIFEST_NAME,
         {
             "schema_version": 1,
-            "source": {"name": source.resolve().name, "files": {name: sha256(source / name) for name in names}},
-            **(_adapter_entry(adapter) if adapter is not None else {}),
+            "source": {"name": source.resolve().name, "files": dict(source_files)},
+            **({"adapter": {"name": adapter.resolve().name, "files": dict(adapter_files or {})}} if adapter else {}),
+            **({"config_changes": dict(config_changes)} if config_changes else {}),
             "config": config.model_dump(mode="json"),
             "compute_dtype": computed_in,
             "data": dict(data),
-            "versions": {"qquant": qquant.__version__}
-            | {package: version(package) for package in ("torch", "transformers", "safetensors")},
+            "fallbacks": {record.name: record.fallback for record in log.modules if record.fallback is not None},
+            "versions": versions(),
             "files": {
                 path.name: sha256(path)
                 for path in sorted(target.iterdir())
@@ -212,11 +218,6 @@ def write_manifest(
             },
         },
     )
-
-
-def _adapter_entry(adapter: Path) -> dict[str, Any]:
-    files = {name: sha256(adapter / name) for name in (CONFIG_NAME, WEIGHTS_NAME)}
-    return {"adapter": {"name": adapter.resolve().name, "files": files}}
 
 
 def reopen(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> StreamedModel:
@@ -239,11 +240,15 @@ def check_logits(written: Tensor, walked: Tensor) -> None:
     Raises:
         NumericError: they differ by more, or are not finite.
     """
-    if not bool(torch.isfinite(written).all()):
+    if not all_finite(written):
         raise NumericError("the written checkpoint gives logits that are not finite; it was not published")
     if torch.equal(written, walked):
         return
-    difference = float((written.float() - walked.float()).norm() / walked.float().norm().clamp(min=1e-30))
+    apart = whole = 0.0
+    for ours, theirs in zip(written.split(_TOKENS, dim=1), walked.split(_TOKENS, dim=1), strict=True):
+        apart += float((ours.float() - theirs.float()).norm()) ** 2
+        whole += float(theirs.float().norm()) ** 2
+    difference = (apart / max(whole, 1e-60)) ** 0.5
     # Sums of thousands of float32 products in another order differ by some 1e-5, whatever the dtype of the result, and
     # may round to a neighbour in a part of the elements.
     if difference > max(torch.finfo(written.dtype).eps / 2, 1e-4):
@@ -287,7 +292,7 @@ def load_quantized(
     path: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
-    device_map: str | dict[str, Any] | None = None,
+    device_map: str | int | torch.device | dict[str, Any] | None = None,
     kernel: Kernel | str = Kernel.AUTO,
     activation_bits: Literal[8] | None = None,
     head_bits: Literal[8] | None = None,
@@ -302,7 +307,8 @@ def load_quantized(
     Args:
         path: folder, or a hub id.
         dtype: compute dtype; "auto": the one config.json names, but float32 for float16 on a CPU.
-        device_map: as in transformers' ``from_pretrained``; None: the CPU.
+        device_map: as in transformers' ``from_pretrained``; None: the CPU. Packed layers that it offloads are fetched
+            at every use and run the reference.
         kernel: what multiplies packed linears, see ``Kernel``; "reference" is plain torch for the whole model.
         activation_bits: 8 rounds the activations of packed linears, one step for each token and 128 columns, which is
             faster for many tokens and changes results; CPU only. None: they are used as they are.
@@ -319,9 +325,10 @@ def load_quantized(
     Raises:
         BadModelError: incomplete, inconsistent, or with keys that are not understood.
         UsageError: no such kernel, or one that cannot serve these layers here; an output projection that cannot be
-            rounded.
+            rounded; a device_map with places that are not here or names that the model does not have.
     """
     check_head_bits(head_bits)
+    check_places(device_map)
     chosen = {"kernel": wished(kernel), "activation_bits": check_activation_bits(activation_bits)}
     folder = resolve_folder(str(path))
     config = read_config(folder)
@@ -335,13 +342,12 @@ def load_quantized(
     for option in [name for name, wish in wishes.items() if wish] if plain else []:
         raise UsageError(f"{option} is about quantized models, and {folder} is none; leave it out")
     if not plain:
+        model_options.setdefault("offload_buffers", True)  # packed tensors are buffers
         config.quantization_config = {**quantization_config(folder), "quant_method": METHOD, **chosen}
-    # Named outright, so that transformers reads what was checked here, and AutoGPTQ's gptq_model-4bit-128g.safetensors.
-    files = weight_files(folder)
-    config.transformers_weights = INDEX_NAME if (folder / INDEX_NAME).exists() else files[0].name
+    name_weights(config, folder)
     if dtype == "auto":
         declared = getattr(config, "dtype", None) or torch.float32
-        dtype = compute_dtype(declared, torch.device("cpu")) if device_map in (None, "cpu") else declared
+        dtype = compute_dtype(declared, torch.device("cpu")) if computes_on_cpu(device_map) else declared
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, **model_options
     )
@@ -369,6 +375,8 @@ def load_model(
     """
     stored = CheckpointReader(folder)  # refuses damaged files, and names that lead outside, before they are opened
     wanted = bool(getattr(read_config(folder), "use_cache_quantization", False)) if int8_cache is None else int8_cache
+    if not is_quantized(folder):
+        check_plain(stored)
     try:
         model = load_quantized(
             folder,
@@ -387,9 +395,3 @@ def load_model(
             count = f"{len(missing)} missing in all"
             raise BadModelError(f"tensor {missing[0]} is missing from {folder} ({count}); get the model again")
     return model
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

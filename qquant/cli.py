@@ -18,6 +18,7 @@ from qquant.inspect import inspect_command
 from qquant.plan import plan_command
 from qquant.profile import profile_command
 from qquant.report import report_command
+from qquant.verify import verify_command
 
 app = typer.Typer(
     name="qquant",
@@ -33,6 +34,7 @@ app.command("profile")(profile_command)
 app.command("report")(report_command)
 app.command("chat")(chat_command)
 app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 
 

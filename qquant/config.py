@@ -62,6 +62,9 @@ class QuantizeConfig(Strict):
     the method says."""
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the Hessian's mean diagonal added to it before it is inverted."""
+    strict: bool = False
+    """An error instead of a fallback: where a Hessian needs more damping than was asked for, or columns left out of it,
+    or rounding to nearest."""
     dynamic: dict[str, ModuleOverride] = Field(default_factory=dict)
     """Per-module rules, first match wins: "-:regex" leaves a module alone, "+:regex" changes its settings. The
     regex is matched from the start of the module's full name, as GPTQModel and vLLM do."""
@@ -184,7 +187,8 @@ class ModuleRecord(Strict):
     """[out, in]."""
     relative_error: float
     """trace(D H D^T) / trace(W H W^T), D = quantized - original: share of the output's energy that is error,
-    over about 64 evenly spaced rows. Without data (rtn) H is the identity."""
+    over about 64 evenly spaced rows. Where H had to be damped more than asked, it is H with that damping; without data
+    (rtn), or where H could not be used, it is the identity."""
     damp_percent: float
     """The damping that was used in the end."""
     damp_escalations: int
@@ -192,6 +196,8 @@ class ModuleRecord(Strict):
     dead_columns: int
     """Input columns that calibration never excited; their weights were rounded to nearest."""
     seconds: float
+    fallback: str | None = None
+    """What was done instead of what was asked, and why; None: all as asked."""
 
 
 class QuantizeLog(Strict):

@@ -18,6 +18,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, LogitsProcessor
 
+from qquant.chat_templates import apply_template
 from qquant.chat_terminal import SETTINGS
 from qquant.errors import BadModelError, DoesNotFitError, NumericError, QquantError, UsageError
 from qquant.models.qwen.chat import MAX_NEW_TOKENS, chat_config, require_rows, without_sampling
@@ -241,7 +242,8 @@ class Conversation:
         for asked, answered in turns:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
+            ids: list[int] = apply_template(
+                self.tokenizer,
                 [*messages, {"role": "user", "content": query}],
                 add_generation_prompt=True,
                 return_dict=False,

@@ -52,3 +52,7 @@ class StoppedError(QquantError):
     """Ctrl-C or SIGTERM ended a run that can go on: what was finished is saved."""
 
     exit_code = 75
+
+
+class RankLostError(StoppedError):
+    """Another of several processes that shared the work ended, and so must this one."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qquant.code_keys import ignoring_code
 from qquant.console import user_errors, words
 from qquant.errors import UsageError
 from qquant.evaluation import evaluate_checkpoints as evaluate_checkpoints
@@ -101,10 +102,13 @@ def evaluate_command(
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also time prefill and decode.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    ignore_code: Annotated[
+        bool, typer.Option("--ignore-code", help="Open a folder whose files name code, without it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compare quantized models with their original, on a text or on tasks. Only the report's path goes to stdout."""
-    with user_errors(debug=debug):
+    with user_errors(debug=debug), ignoring_code(ignore_code):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         measure = measure or ("accuracy" if tasks is None else "tasks")
         _refuse_others_options(ctx, measure)

@@ -14,7 +14,10 @@ from qquant.methods import Order
 _PANEL = 256  # rows that are gathered at a time
 _LEAF = 256  # side of the triangles that are inverted by substitution
 _CORNER = 128  # side of what is factorized at once
-_ESCALATIONS = 3  # damping is raised tenfold at most this often
+MOST_RAISES = 3
+"""Damping is raised tenfold at most this often."""
+
+_TRUSTED = 0.5  # share of the damping below which a pivot is rounding, or tells of an indefinite matrix
 _PIVOT_DAMP = 0.01  # share of the mean diagonal under which pivots are not told apart
 
 
@@ -65,7 +68,8 @@ def smallest_pivot_last(hessian: Tensor) -> Tensor:
     GPTQ leaves the square of the rounding error times the pivots; this order keeps their largest small.
 
     Args:
-        hessian: [in, in], read, never written; a hundredth of its mean diagonal is added.
+        hessian: [in, in], read, never written; a hundredth of its mean diagonal is added, columns without input left
+            out of the mean: these come last, and how many there are changes nothing for the others.
 
     Returns:
         [in] int64.
@@ -73,8 +77,9 @@ def smallest_pivot_last(hessian: Tensor) -> Tensor:
     Source: the min-pivot order of arXiv:2507.18553, by a Cholesky factorization that computes one column a step.
     """
     columns = hessian.shape[0]
-    damp = _PIVOT_DAMP * hessian.diagonal().double().mean()
-    left = hessian.diagonal().double() + damp
+    left = hessian.diagonal().double()
+    damp = _PIVOT_DAMP * left.sum() / max(1, int((left != 0).sum()))
+    left = left + damp
     rows = torch.zeros(columns, columns, dtype=torch.float64, device=hessian.device)
     order = torch.empty(columns, dtype=torch.int64, device=hessian.device)
     gone = torch.zeros(columns, dtype=torch.bool, device=hessian.device)
@@ -91,31 +96,35 @@ def smallest_pivot_last(hessian: Tensor) -> Tensor:
     return order
 
 
-def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tensor, float, int]:
+def inverse_factor(
+    hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: float, *, raises: int = MOST_RAISES
+) -> tuple[Tensor, float, int]:
     """The triangular factor of the damped Hessian's inverse, in reversed visiting order.
 
     GPTQ needs the upper-triangular U with H^-1 = U^T U, H in visiting order. With J the reversal of an order,
     J H J = L L^T by one Cholesky factorization, and U = J L^-1 J. What is returned is L^-1, in the memory of the
-    factorization; ``factor_rows`` reads U out of it. Damping is raised tenfold, at most three times, while the
-    factorization fails.
+    factorization; ``factor_rows`` reads U out of it. Damping is raised tenfold while there is no factor that can be
+    trusted: the factorization fails, or a number in it is not finite, or a pivot is below half the damping, where no
+    positive semidefinite matrix has pivots below all of it.
 
     Args:
         hessian: [in, in], read, never written.
         order: [in] visiting order.
         dead: [in] bool, columns without input; they get the mean of the others on the diagonal and influence nothing.
         damp_percent: share of the mean diagonal that is added to it.
+        raises: how often at most that is raised.
 
     Returns:
         L^-1 [in, in] lower triangular, the damping that was used, and how often it was raised.
 
     Raises:
-        NumericError: still not positive definite at the largest damping.
+        NumericError: no factor at the largest damping.
     """
     backwards = order.flip(0)
     live = hessian.diagonal()[~dead]
     mean = live.mean() if live.numel() else hessian.new_ones(())
     diagonal = torch.where(dead, mean, hessian.diagonal())
-    for escalation in range(_ESCALATIONS + 1):
+    for escalation in range(raises + 1):
         damp = damp_percent * 10**escalation
         lower = torch.empty_like(hessian)
         for start in range(0, lower.shape[0], _PANEL):
@@ -123,13 +132,19 @@ def inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp_percent: f
             torch.index_select(rows, 1, backwards, out=lower[start : start + _PANEL])
         lower.diagonal().copy_((diagonal + damp * mean)[backwards])
         with _one_thread():
-            if _factorize(lower):
+            if _factorize(lower) and bool((lower.diagonal().square() >= _TRUSTED * damp * mean).all()):
                 _invert_lower(lower)
-                return lower, damp, escalation
+                if all_finite(lower) and all_finite(lower.diagonal().reciprocal()):
+                    return lower, damp, escalation
     raise NumericError(
         f"a Hessian must become positive definite by damping, but failed up to damp_percent {damp:g}; "
         "give more or more varied calibration data, or leave this module out"
     )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, in one pass that makes no second tensor."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def factor_rows(inverse: Tensor, start: int, end: int) -> Tensor:
@@ -144,8 +159,9 @@ def times_inverse(matrix: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
     With J H J = L L^T in visiting order it is J L^-T L^-1 J: two products with the triangle that is there already.
     """
     backwards = order.flip(0)
+    product = matrix[:, backwards] @ inverse.T @ inverse
     found = torch.empty_like(matrix)
-    found[:, backwards] = matrix[:, backwards] @ inverse.T @ inverse
+    found[:, backwards] = product
     return found
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qquant.affine import choose_qparams, dequantize, quantize
 from qquant.config import QuantizeConfig
+from qquant.errors import NumericError
 from qquant.hooks import counted_rows, inputs_seen
 from qquant.models.layouts import Layout, Unit, linears
 from qquant.telling import say_once
@@ -211,7 +212,11 @@ class Folder:
         layers = [(self._linear(name), self.settings[name]) for name in seam.readers]
 
         def loss(factors: Tensor) -> float:
-            return sum(rounding_error(layer.weight, self._as_read(seam, factors), power, c) for layer, c in layers if c)
+            read = self._as_read(seam, factors)
+            try:
+                return sum(rounding_error(layer.weight, read, power, c) for layer, c in layers if c)
+            except NumericError:  # too large for float16 scales; where they are so without factors, solving says so
+                return math.inf
 
         ones = torch.ones_like(size)
         least, best = loss(ones) * (1 - LEAST_GAIN), None

@@ -37,8 +37,6 @@ CPU_CACHE_BYTES = 3_000_000
 """On top of all of these for the Int8 cache's operators."""
 CPU_FLOAT32_BYTES = 8_000_000
 """Instead of all but that for a model that computes in float32, packed or not: torch does not need oneDNN for it."""
-CPU_QUANTIZING_BYTES = 50_000_000
-"""Tokenizer, calibration samples and code that is paged in while a checkpoint is made. Measured: docs/plan.md."""
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 """What torch reserves for cuBLAS on its first product on compute capability 9.0; 8.1 MiB on older cards."""
 CUDA_CONTEXT_BYTES = 2**29
@@ -285,52 +283,3 @@ def _footprint_2023(run: _Run) -> Footprint:
         overhead_bytes=buffer,
         peak_bytes=weights + max(cache + logits + buffer, loading),
     )
-
-
-def quantizing_bytes(
-    shapes: ModelShapes,
-    *,
-    samples: int,
-    seq_len: int,
-    device: Literal["cpu", "cuda"] = "cuda",
-) -> tuple[int, int]:
-    """What making a checkpoint takes: bytes on the device that computes, and in the machine's memory beside a GPU.
-
-    By a method that neither compares with the original nor takes gradients, such as "gptq". The largest of three
-    moments. Before the first block: the embedding and the activations of all samples. In the last stage of a block: the
-    block, those activations, and a Hessian and its inverse in float32 with the weights that share it. At the end, when
-    the written folder is proven: the embedding and the output projection of both models, and the logits of one sample
-    from each. See ``walk.Walk``, ``solver.solve``, ``gptq.quantize_checkpoint``.
-
-    Args:
-        shapes: of the model.
-        samples: of calibration.
-        seq_len: tokens of each, at most; shorter samples take less.
-        device: that computes; "cpu" adds what is in its memory beside tensors.
-    """
-    element_bytes = 2  # of the compute dtype, bfloat16 or float16
-    block = element_bytes * sum(inputs * outputs for inputs, outputs in shapes.stages)
-    stream = samples * seq_len * shapes.hidden * element_bytes
-    inner = max(inputs for inputs, _ in shapes.stages)
-    # walk._KEPT_TAIL_BYTES: inputs of a unit's last linear are kept between Hessian and output if they are few.
-    kept = samples * seq_len * inner * element_bytes
-    kept = kept if kept <= 256 * 2**20 else 0
-    # Hessian, factor, and half of each side again while the factor is inverted, or the column loop's matrices: side by
-    # side in the stored dtype, in float32 (4), as codes (1), and those turned round (1).
-    stage = max(
-        8 * inputs * inputs + max(2 * inputs * inputs, (element_bytes + 6) * inputs * outputs)
-        for inputs, outputs in shapes.stages
-    )
-    passing = 3 * seq_len * inner * element_bytes + 4 * seq_len * shapes.hidden * element_bytes
-    computing = block + stream + kept + max(stage, passing)
-    embedding = stream + shapes.largest_tensor * element_bytes
-    # Of what was written, read again beside the first model's ends and logits: a block packed in at most a byte per
-    # weight and its widest linear dequantized in float32 and in the compute dtype; then all logits, of both models; and
-    # with the first model alone torch.isfinite, the magnitudes and three bytes of truth values.
-    ends, logits = shapes.embedding_parameters * element_bytes, seq_len * shapes.vocabulary
-    widest = (4 + element_bytes) * max(linear.weights for linear in shapes.linears) + passing
-    running = 2 * ends + logits * element_bytes + block // element_bytes + widest
-    proving = max(running, 2 * (ends + logits * element_bytes), ends + logits * (3 * element_bytes + 3))
-    beside = CPU_QUANTIZING_BYTES if device == "cpu" else 0
-    # A tensor as it is stored and as it is computed in, on its way to the device.
-    return max(computing, embedding, proving) + beside, 2 * shapes.largest_tensor * element_bytes

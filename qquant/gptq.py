@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qquant.console import user_errors
+from qquant.code_keys import ignoring_code
+from qquant.console import size_in_bytes, user_errors
+from qquant.errors import UsageError
 from qquant.quantizing import quantize_checkpoint, quantize_mixed
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from qquant.sensitivity import Divergence
 
 _log = logging.getLogger("qquant")
+_NAMED = 8  # linears that the summary names of those that were not quantized as asked
 
 
 def quantize_command(
@@ -61,6 +65,12 @@ def quantize_command(
         str | None, typer.Option(help="off, weight, hessian or loop; default: the method's.")
     ] = None,
     damp_percent: Annotated[float, typer.Option(help="Damping, share of the mean diagonal.")] = 0.01,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="An error where a linear needs more damping than asked, or rounding to nearest instead."
+        ),
+    ] = False,
     true_sequential: Annotated[bool, typer.Option("--true-sequential/--one-pass", help="Stage by stage.")] = True,
     packing: Annotated[str, typer.Option(help="auto, pack or truncate.")] = "auto",
     chat_template: Annotated[
@@ -85,11 +95,21 @@ def quantize_command(
     sensitivity_tokens: Annotated[
         int, typer.Option("--sensitivity-tokens", min=256, help="Tokens that a mix is measured on.")
     ] = 2048,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tp", "--tensor-parallel", help="Cards to serve it on; MLPs are padded to divide.")
+    ] = 1,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", help="Such as 5GB; what does not fit is kept on the disk. Default: what is free."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     max_shard_size: Annotated[float, typer.Option(min=0.001, max=1e6, help="GB per output shard.")] = 4.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show samples, plan and sizes, then stop.")] = False,
+    ignore_code: Annotated[
+        bool, typer.Option("--ignore-code", help="Open a folder whose files name code, without it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Quantize a model to a GPTQ checkpoint. The new folder's path goes to stdout, all else to stderr."""
@@ -103,9 +123,10 @@ def quantize_command(
         "act_group_aware": group_aware,
         "clip_search": clip_search,
         "damp_percent": damp_percent,
+        "strict": strict,
         "true_sequential": true_sequential,
     }
-    with user_errors(debug=debug):
+    with user_errors(debug=debug), ignoring_code(ignore_code), ExitStack() as until_the_end:
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         config = _config(options, skip or [], override or [])
         target = _target(target_size, max_kl)
@@ -113,23 +134,30 @@ def quantize_command(
         from qquant.checkpoint import QUANTIZED_FOLDER
         from qquant.model_folder import read_config, resolve_folder
         from qquant.progress import module_progress, quiet_transformers, step_progress
-        from qquant.publish import refuse_existing
+        from qquant.ranks import joined
         from qquant.sources import pick_device, pick_dtype
+        from qquant.unfinished import refuse_output
 
-        refuse_existing(out, QUANTIZED_FOLDER, overwrite=overwrite)
+        refuse_output(out, QUANTIZED_FOLDER, overwrite=overwrite)
+        memory = None if max_memory is None else size_in_bytes(max_memory, "--max-memory")
+        ranks, own_device = until_the_end.enter_context(joined(device))
+        _log.setLevel(logging.DEBUG if debug else logging.NOTSET if ranks.writer else logging.ERROR)
+        if ranks.size > 1 and target:
+            raise UsageError("a mix of bits is measured by one process; leave out torchrun, or the target")
         if adapter is not None:
             adapter = adapter.expanduser()
             Adapter(adapter)  # whether it can be merged at all is said before any data is read
         folder = resolve_folder(model)
-        with step_progress() as on_progress:
+        with step_progress(shown=ranks.writer) as on_progress:
             on_progress("reading the calibration samples", 0, 1)
             chosen = {"n_samples": n_samples, "seq_len": seq_len, "seed": seed, "packing": packing}
             chosen |= {"chat_template": chat_template, "select": select}
             mixture = _read_samples(folder, adapter, data or [], config, chosen, needed=bool(target))
         samples = mixture.samples if mixture else None
-        _tell_given(mixture, err=not dry_run)
+        if ranks.writer:
+            _tell_given(mixture, err=not dry_run)
         if dry_run and not target:
-            _show_plan(folder, adapter, samples, config)
+            _show_plan(folder, adapter, samples, config, tensor_parallel)
             return
         from qquant.heap import keep_heap_small
 
@@ -137,9 +165,10 @@ def quantize_command(
         keep_heap_small()
         began, cpu_began = time.perf_counter(), time.process_time()
         where: dict[str, Any] = {
-            "device": pick_device(device),
+            "device": pick_device(own_device),
             "max_shard_bytes": int(max_shard_size * 1e9),
             "adapter": adapter,
+            "tensor_parallel": tensor_parallel,
         }
         if target:
             from qquant.mixed_precision import measure
@@ -156,15 +185,17 @@ def quantize_command(
             if dry_run:
                 choice = mixed.choose(**target)
                 _show_choice(mixed, choice)
-                _show_plan(folder, adapter, samples, choice.config)
+                _show_plan(folder, adapter, samples, choice.config, tensor_parallel)
                 return
         blocks = getattr(read_config(folder).get_text_config(), "num_hidden_layers", None)
-        with module_progress(blocks) as listeners:
+        with module_progress(blocks, shown=ranks.writer) as listeners:
             run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, **listeners._asdict()}
             if target:
                 log, measured = quantize_mixed(mixed, out, **target, on_choice=partial(_show_choice, mixed), **run)
             else:
-                log = quantize_checkpoint(folder, samples, config, out, **where, **run)
+                log = quantize_checkpoint(folder, samples, config, out, max_memory=memory, ranks=ranks, **where, **run)
+        if not ranks.writer:
+            return
         if target:
             _say_measured(measured)
         if any((one.bits, one.group_size) != (config.bits, config.group_size) for one in log.modules):
@@ -178,7 +209,6 @@ def quantize_command(
 def _config(options: dict[str, Any], skips: list[str], overrides: list[str]) -> QuantizeConfig:
     """The command line's options as a config; rules are tried in the order skips, then overrides."""
     from qquant.config import ModuleOverride, QuantizeConfig
-    from qquant.errors import UsageError
 
     rules = {f"-:{pattern}": ModuleOverride() for pattern in skips}
     for text in overrides:
@@ -202,9 +232,6 @@ def _config(options: dict[str, Any], skips: list[str], overrides: list[str]) -> 
 
 def _target(size: str | None, max_kl: float | None) -> dict[str, Any]:
     """What a mix of 4 and 8 bits has to meet, as arguments of ``MixedPrecision.choose``; nothing if none is wanted."""
-    from qquant.console import size_in_bytes
-    from qquant.errors import UsageError
-
     if size is not None and max_kl is not None:
         raise UsageError("--target-size and --max-kl are two targets, and one is met at a time; leave one out")
     if max_kl is not None and not 0 < max_kl < 100:
@@ -250,7 +277,6 @@ def _read_samples(
 ) -> Mixture | None:
     """The samples, with the options that ``load_mixture`` takes and checks; None where nothing needs any."""
     from qquant.calibrate import check_tokenizer, load_mixture
-    from qquant.errors import UsageError
     from qquant.model_folder import load_tokenizer
     from qquant.side_files import tokenizer_folder
     from qquant.source_weights import parse_sources
@@ -284,15 +310,19 @@ def _tell_given(mixture: Mixture | None, *, err: bool) -> None:
         typer.echo(f"template  {mixture.hint}", err=err)
 
 
-def _show_plan(folder: Path, adapter: Path | None, samples: list[Sample] | None, config: QuantizeConfig) -> None:
+def _show_plan(
+    folder: Path, adapter: Path | None, samples: list[Sample] | None, config: QuantizeConfig, tensor_parallel: int
+) -> None:
     from qquant.checkpoint import plan_tensors
+    from qquant.padding import fit_to_ranks
     from qquant.side_files import collect
     from qquant.sources import StreamedModel
 
     source = StreamedModel(folder, adapter=adapter)
+    before = sum(entry.spec.nbytes for entry in source.reader.entries.values())
+    fit_to_ranks(source, config, tensor_parallel)
     collect(folder, adapter=adapter, changes=source.config_changes).check_tokenizer()
     plan, quantized, skipped = plan_tensors(source, config)
-    before = sum(entry.spec.nbytes for entry in source.reader.entries.values())
     after = sum(spec.nbytes for spec in plan.values())
     tokens = sum(int(sample.mask.sum()) for sample in samples or [])
     typer.echo(f"samples   {len(samples or [])}, {tokens} tokens that count")
@@ -310,10 +340,11 @@ def _summarize(log: QuantizeLog, out: Path, seconds: float, cpu_seconds: float) 
         f"{len(log.modules)} linears in {seconds:.1f} s, {cpu_seconds:.1f} CPU s ({solving:.1f} s of it solving)",
         f"worst relative error {worst.relative_error:.2e} in {worst.name}",
     ]
-    escalated = [record.name for record in log.modules if record.damp_escalations]
+    fallbacks = [f"{record.name}: {record.fallback}" for record in log.modules if record.fallback is not None]
     dead = sum(record.dead_columns for record in log.modules)
-    if escalated:
-        lines.append(f"damping was raised for {len(escalated)} linears, first {escalated[0]} (see quant_log.json)")
+    if fallbacks:
+        lines.append(f"{len(fallbacks)} linears not as asked, all of them in manifest.json; --strict forbids it:")
+        lines += [f"  {fallback}" for fallback in fallbacks[:_NAMED]]
     if dead:
         lines.append(f"{dead} input columns saw only zeros in calibration and were rounded to nearest")
     if log.skipped:

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qquant.config import ModuleOverride, QuantizeConfig
 from qquant.errors import BadModelError, UsageError
 from qquant.linear_kernels import Kernel, wished
+from qquant.rule_patterns import endless
 
 METHOD = "qquant"
 """Our name in transformers' tables; files always say ``gptq``."""
@@ -67,6 +68,10 @@ class GptqFileConfig(QuantizationConfigMixin):
         """Bits, group size, symmetry and act-order of a module by its name, rules included."""
         return self._settings.for_module(name) or self._settings
 
+    def skips(self, name: str) -> bool:
+        """Whether a rule of ``dynamic`` leaves a module alone."""
+        return self._settings.for_module(name) is None
+
     def to_dict(self) -> dict[str, Any]:
         """What is written into config.json: the keys every GPTQ reader knows."""
         return dict(self.keys)
@@ -116,6 +121,10 @@ def _settings(keys: Mapping[str, Any]) -> QuantizeConfig:
     dynamic = keys.get("dynamic") or {}
     if not isinstance(dynamic, dict) or not all(isinstance(changes or {}, dict) for changes in dynamic.values()):
         raise BadModelError(f"dynamic must map patterns to changed settings, got {str(dynamic)[:60]}")
+    if too_much := endless(pattern.removeprefix("-:").removeprefix("+:") for pattern in dynamic):
+        raise BadModelError(
+            f"dynamic rules must match names in bounded time, {too_much}; write them without such repeats"
+        )
     rules = {}
     for pattern, changes in dynamic.items():
         unknown = (changes or {}).keys() - ModuleOverride.model_fields.keys() - _PROVENANCE

@@ -2,12 +2,15 @@
 
 Labels are drawn from the model itself, which makes the moments those of the Fisher matrix: to second order the KL
 divergence that an error of the outputs causes. Blocks are brought in once forwards and once backwards, one at a time.
+What waits for the way back lies on a run's shelves, and every block that is done is done for good.
 
 Source: the output side of the Kronecker factors in YAQA, arXiv:2505.22988, kept in blocks of its diagonal.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +23,9 @@ from qquant.hooks import counted_rows, first_output
 from qquant.models.layouts import block_list, linears
 from qquant.moments import Hessian
 from qquant.refinement import block_side
+from qquant.shards import DTYPE_NAMES, TensorSpec
 from qquant.telling import OnProgress, say_once, unheard
+from qquant.unfinished import Run, Shelf
 
 TOKENS = 16384
 """Tokens that gradients are taken of. Measured: half as many cost 3 % of KL, twice as many gain 1 %."""
@@ -35,63 +40,224 @@ def output_moments(
     stream: Stream,
     device: torch.device | str,
     *,
+    run: Run | None = None,
     tokens: int = TOKENS,
     seed: int = 0,
     on_progress: OnProgress = unheard,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Go through the model forwards and backwards on some of the samples.
 
-    What leaves every block is kept for these samples until the way back: tokens * hidden * (blocks + 1) numbers.
+    What leaves every block is kept for these samples until the way back: tokens * hidden * blocks numbers.
 
     Args:
-        source: the original model. What stands outside its blocks, the output projection too, must be in memory.
-        stream: the samples in front of block 0; read, never changed.
+        source: the original model. Its output projection is loaded while it is needed, and released.
+        stream: the samples in front of block 0; read, never changed. Where ``run`` has finished with the first block,
+            where they stand does not matter.
         device: where the model computes.
+        run: keeps what is computed, and goes on where an earlier process was cut off; None: in memory, and alone.
         tokens: about how many are used, in whole samples spread evenly over the stream; at least one sample.
         seed: of the labels that are drawn.
         on_progress: told after each block, twice per block in all.
 
     Returns:
         Full name of each linear -> [out / side, side, side] float32, blocks of E[g g^T] along its diagonal, with the
-        side that ``refinement.block_side`` gives; g is taken of the sum over tokens.
+        side that ``refinement.block_side`` gives; g is taken of the sum over tokens. Read from the disk when asked for,
+        where ``run`` keeps it there.
 
     Raises:
         UsageError: called under ``torch.inference_mode``, or with a model that was loaded under it.
         NumericError: an activation, a logit or a gradient is not finite.
+        StoppedError: ``run`` was asked to stop.
     """
     _refuse_inference_mode(source.model)
+    kept = run or Run()
     chosen = stream.spread(tokens)
-    count = len(block_list(source.model, source.layout))
-    hidden: list[list[Tensor]] = [[stream.hidden[i].clone() for i in chosen]]
-    with torch.no_grad():
-        for index in range(count):
-            block = source.load(index)
-            pairs = zip(chosen, hidden[-1], strict=True)
-            hidden.append([first_output(block(h, **stream.calls[i][index])) for i, h in pairs])
-            source.release(index)
-            check_finite(hidden[-1], f"{source.layout.blocks}.{index}")
-            on_progress(_STEP, index + 1, 2 * count)
-    last = hidden.pop()
-    generator = torch.Generator().manual_seed(seed)
-    slopes = [_head_slope(source, h, stream.masks[i], device, generator) for i, h in zip(chosen, last, strict=True)]
-    del last
-    found: dict[str, Tensor] = {}
-    for index in reversed(range(count)):
-        block, entering = source.load(index), hidden.pop()
-        sums = {name: _Blocks(layer) for name, layer in linears(block).items()}
-        for n, i in enumerate(chosen):
-            call, mask = stream.calls[i][index], stream.masks[i]
-            slopes[n] = _through_block(block, entering[n], call, slopes[n], mask, sums)
-        source.release(index)
-        for name, moment in sums.items():
-            full = f"{source.layout.blocks}.{index}.{name}"
+    made = [
+        _moments_of(block, f"{source.layout.blocks}.{index}")
+        for index, block in enumerate(block_list(source.model, source.layout))
+    ]
+    # The first sample belongs to the rank that speaks for all.
+    first = stream.hidden[0] if kept.ranks.writer else None
+    width, dtype = kept.ranks.json(None if first is None else [first.shape[-1], DTYPE_NAMES[first.dtype]])
+    states = {str(i): TensorSpec(dtype, (1, stream.lengths[i], width)) for i in chosen}
+    ways = _Ways(source, stream, device, kept, chosen, states, made)
+    ways.forwards(lambda done: on_progress(_STEP, done, 2 * len(made)))
+    ways.turn(seed)
+    ways.backwards(lambda done: on_progress(_STEP, len(made) + done, 2 * len(made)))
+    return _Kept(kept, made)
+
+
+def _moments_of(block: nn.Module, prefix: str) -> dict[str, TensorSpec]:
+    """Full name of each linear of a block -> dtype and shape of its moments."""
+    found = {}
+    for name, layer in linears(block).items():
+        side = block_side(layer.out_features)
+        found[f"{prefix}.{name}"] = TensorSpec("F32", (layer.out_features // side, side, side))
+    return found
+
+
+class _Kept(Mapping[str, Tensor]):
+    """The moments of all linears, read when they are asked for.
+
+    Args:
+        run: has them on one shelf per block.
+        made: per block, the linears' full names with dtype and shape.
+    """
+
+    def __init__(self, run: Run, made: list[dict[str, TensorSpec]]) -> None:
+        """Know where each is; nothing is read."""
+        self._run, self._made = run, made
+        self._places = {name: index for index, part in enumerate(made) for name in part}
+        self._open: tuple[int, Shelf] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        index = self._places[name]
+        if self._open is None or self._open[0] != index:
+            self._open = index, self._run.shelf(_outputs_name(index), self._made[index])
+        return self._open[1].read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class _Ways:
+    """The way through a model and back.
+
+    Args:
+        source: as in ``output_moments``.
+        stream: as in ``output_moments``.
+        device: as in ``output_moments``.
+        run: keeps everything.
+        chosen: samples that are used.
+        states: dtype and shape of their hidden states.
+        made: of each block's moments.
+    """
+
+    def __init__(
+        self,
+        source: BlockSource,
+        stream: Stream,
+        device: torch.device | str,
+        run: Run,
+        chosen: list[int],
+        states: dict[str, TensorSpec],
+        made: list[dict[str, TensorSpec]],
+    ) -> None:
+        """Nothing is computed yet."""
+        self._source, self._stream, self._device, self._run = source, stream, device, run
+        self._chosen, self._states, self._made = chosen, states, made
+        self._mine, self._count = run.ranks.mine(chosen), len(made)
+
+    def forwards(self, tell: Callable[[int], None]) -> None:
+        """Keep what enters each block, and what leaves the last."""
+        for index in range(self._count):
+            key = f"gradients forwards {index}"
+            if self._run.finished(key) is None:
+                block, entering, leaving = self._source.load(index), self._entering(index), self._hidden(index + 1)
+                self._source.prefetch(index + 1)
+                with self._run.ranks.agreed(), torch.no_grad():
+                    for i in self._mine:
+                        hidden = first_output(block(entering(i), **self._stream.calls[i][index]))
+                        check_finite([(i, hidden)], f"{self._source.layout.blocks}.{index}")
+                        leaving.write(str(i), hidden)
+                self._source.release(index)
+                self._finish(key, leaving)
+            tell(index + 1)
+
+    def turn(self, seed: int) -> None:
+        """Make of what leaves the last block the gradient of -log p(label) with respect to it."""
+        key = "gradients turned"
+        if self._run.finished(key) is None:
+            leaving, slopes = self._hidden(self._count), self._slopes(self._count)
+            self._source.load_outside(with_head=True)
+            with self._run.ranks.agreed():
+                for i in self._mine:
+                    hidden, mask = leaving.read(str(i)).to(self._device), self._stream.masks[i]
+                    slope = _head_slope(self._source, hidden, mask, self._device, label_generator(seed, i))
+                    slopes.write(str(i), slope)
+            self._source.release_outside()
+            self._finish(key, slopes)
+        self._run.drop(_hidden_name(self._count))
+
+    def backwards(self, tell: Callable[[int], None]) -> None:
+        """Gather the moments of each block, and bring the gradients in front of it."""
+        for done, index in enumerate(reversed(range(self._count)), 1):
+            key = f"gradients backwards {index}"
+            if self._run.finished(key) is None:
+                block = self._source.load(index)
+                self._source.prefetch(index - 1)
+                written = self._through(block, index)
+                self._source.release(index)
+                self._finish(key, *written)
+            self._run.drop(_slopes_name(index + 1))
+            self._run.drop(_hidden_name(index))
+            tell(done)
+
+    def _through(self, block: nn.Module, index: int) -> list[Shelf]:
+        """Shelves with a block's moments and, but for the first block, the gradients of what enters it."""
+        ranks, entering, behind = self._run.ranks, self._entering(index), self._slopes(index + 1)
+        before = self._slopes(index) if index else None
+        sums = {name: _moment_of(layer) for name, layer in linears(block).items()}
+        for step in ranks.steps(self._chosen):
+            for i in step:
+                call, slope = self._stream.calls[i][index], behind.read(str(i)).to(self._device)
+                slope = _through_block(block, entering(i), call, slope, self._stream.masks[i], sums)
+                if before is not None:
+                    before.write(str(i), slope)
+            for moment in sums.values():
+                moment.end_lane(ranks)
+        shelf = self._run.shelf(_outputs_name(index), self._made[index])
+        for full, moment in zip(self._made[index], sums.values(), strict=True):
             try:
-                found[full] = moment.finish()
+                found = moment.finish(ranks)
             except NumericError as error:
                 rule = "gradients must be finite, got NaN or Inf"
                 raise NumericError(f"{rule} at {full}; compute in float32") from error
-        on_progress(_STEP, 2 * count - index, 2 * count)
-    return found
+            if ranks.writer or not self._run.lasting:  # a shelf on the disk is everybody's
+                shelf.write(full, found)
+        return [shelf] if before is None else [shelf, before]
+
+    def _entering(self, index: int) -> Callable[[int], Tensor]:
+        """Sample -> what enters block ``index``, on the device."""
+        if index == 0:
+            return self._stream.hidden.__getitem__
+        shelf = self._hidden(index)
+        return lambda i: shelf.read(str(i)).to(self._device)
+
+    def _hidden(self, index: int) -> Shelf:
+        """What enters block ``index``; what leaves the last, for their number."""
+        return self._run.shelf(_hidden_name(index), self._states)
+
+    def _slopes(self, index: int) -> Shelf:
+        """The gradients with respect to the same."""
+        return self._run.shelf(_slopes_name(index), self._states)
+
+    def _finish(self, key: str, *shelves: Shelf) -> None:
+        for shelf in shelves:
+            shelf.sync()
+        self._run.ranks.barrier()
+        self._run.finish(key, True)
+
+
+def _hidden_name(index: int) -> str:
+    return f"gradients-hidden-{index}"
+
+
+def _slopes_name(index: int) -> str:
+    return f"gradients-slopes-{index}"
+
+
+def _outputs_name(index: int) -> str:
+    return f"gradients-outputs-{index}"
+
+
+def label_generator(seed: int, sample: int) -> torch.Generator:
+    """What draws the labels of one sample, whoever else draws: torch's generators read 32 bits of a seed."""
+    digest = hashlib.sha256(f"{seed} {sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def _refuse_inference_mode(model: nn.Module) -> None:
@@ -102,27 +268,15 @@ def _refuse_inference_mode(model: nn.Module) -> None:
         )
 
 
-class _Blocks:
-    """The mean of g g^T of one linear, in blocks along the diagonal: gathered as inputs are for a Hessian."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self.side = block_side(layer.out_features)
-        if self.side < _SMALL_SIDE <= layer.out_features:
-            say_once(
-                f"outputs are weighted together in blocks of the largest divisor up to 256, which for "
-                f"{layer.out_features} outputs is {self.side}: `output` gains little there"
-            )
-        starts = range(0, layer.out_features, self.side)
-        self._sums = {start: Hessian(self.side, device=layer.weight.device) for start in starts}
-
-    def add(self, slope: Tensor, mask: Tensor | None) -> None:
-        rows = counted_rows(slope, mask)
-        for start, moment in self._sums.items():
-            moment.add(rows[:, start : start + self.side])
-
-    def finish(self) -> Tensor:
-        """The means over tokens, [blocks, side, side]."""
-        return torch.stack([moment.finish() for moment in self._sums.values()])
+def _moment_of(layer: nn.Linear) -> Hessian:
+    """What gathers a linear's g as its inputs are gathered for a Hessian, in blocks along the diagonal."""
+    side = block_side(layer.out_features)
+    if side < _SMALL_SIDE <= layer.out_features:
+        say_once(
+            f"outputs are weighted together in blocks of the largest divisor up to 256, which for "
+            f"{layer.out_features} outputs is {side}: `output` gains little there"
+        )
+    return Hessian(layer.out_features, side=side, device=layer.weight.device)
 
 
 def _head_slope(
@@ -160,11 +314,11 @@ def _through_block(
     call: dict[str, Any],
     slope: Tensor,
     mask: Tensor | None,
-    sums: dict[str, _Blocks],
+    sums: dict[str, Hessian],
 ) -> Tensor:
     """Run a block once more with gradients, add those of its linears' outputs, return that of its input."""
 
-    def watch(_: nn.Module, __: Any, output: Tensor, *, moment: _Blocks) -> None:
+    def watch(_: nn.Module, __: Any, output: Tensor, *, moment: Hessian) -> None:
         output.register_hook(partial(_note, moment=moment, mask=mask))
 
     layers = linears(block)
@@ -180,5 +334,5 @@ def _through_block(
     return found
 
 
-def _note(slope: Tensor, *, moment: _Blocks, mask: Tensor | None) -> None:
-    moment.add(slope.detach(), mask)
+def _note(slope: Tensor, *, moment: Hessian, mask: Tensor | None) -> None:
+    moment.add(counted_rows(slope.detach(), mask))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from qquant.errors import BadModelError
+from qquant.device_map import check_names, offloads
+from qquant.errors import BadModelError, UsageError
 from qquant.gptq_keys import METHOD as METHOD
 from qquant.gptq_keys import GptqFileConfig as GptqFileConfig
 from qquant.gptq_keys import check_keys as check_keys
@@ -37,6 +38,7 @@ from qquant.shards import (
     weight_files,
 )
 from qquant.sources import computed_by_model
+from qquant.telling import say_once
 
 _log = logging.getLogger("qquant")
 _kernel_log = logging.getLogger("qquant.kernels")
@@ -85,7 +87,9 @@ class GptqLoader(HfQuantizer):
         model, self._model = self._model, None
         self._ignored = {name: getattr(model, name) for name in (_MAY_MISS, _MAY_HOLD)}
         setattr(model, _MAY_MISS, {*(self._ignored[_MAY_MISS] or ()), r"\.g_idx$"})
-        if _offloads(device_map):
+        if isinstance(device_map, Mapping):
+            check_names(device_map, {*(name for name, _ in model.named_modules()), *model.state_dict()})
+        if offloads(device_map):
             return  # what is taken from the disk or another device at every use stays as it is stored
         for name, layer in _packed_layers(model):
             self._aside[name] = {part: layer.get_buffer(part) for part in _STREAMED}
@@ -105,7 +109,7 @@ class GptqLoader(HfQuantizer):
             for part, empty in self._aside.get(name, {}).items():
                 setattr(layer, part, empty)
             if not streamed and layer.qweight.is_meta:
-                layer.kernel = Kernel.REFERENCE  # fetched from elsewhere at every use, as it is stored
+                self._serve_from_elsewhere(name, layer)
         if streamed:
             _leave_files(model, self._reader)
         check_values(model)
@@ -113,6 +117,16 @@ class GptqLoader(HfQuantizer):
         assert not self._aside, f"never read: {sorted(self._aside)}"
         self._reader, self._left_out = None, {}
         enable_as_configured(model)
+
+    def _serve_from_elsewhere(self, name: str, layer: QuantLinear) -> None:
+        """Only the reference reads a layer as it is stored, and that is how it is fetched at every use."""
+        if self.quantization_config.kernel not in (Kernel.AUTO, Kernel.REFERENCE) or layer.activation_bits is not None:
+            raise UsageError(
+                f"only the reference serves layers that are fetched at every use, and device_map puts {name} on the "
+                "disk or another device; leave kernel and activation_bits out, or keep it in memory"
+            )
+        layer.kernel = Kernel.REFERENCE
+        say_once("packed linears that device_map puts on the disk or another device are fetched at every use: slowly")
 
     def _fill(self, name: str, layer: QuantLinear) -> None:
         """Read what was set aside of one layer to where the rest of it is, and check it."""
@@ -272,6 +286,9 @@ def _check_names(model: Any, reader: CheckpointReader, filled: Mapping[str, Tens
         if name in reader.entries and reader.spec(name).shape != tuple(tensor.shape):
             got = list(reader.spec(name).shape)
             raise BadModelError(f"{name} must have shape {list(tensor.shape)} by config.json, got {got}")
+        if name in reader.entries and DTYPES[reader.spec(name).dtype].is_floating_point != tensor.is_floating_point():
+            kind = "floating" if tensor.is_floating_point() else "whole"
+            raise BadModelError(f"{name} must hold {kind} numbers, got {reader.spec(name).dtype}; {_AGAIN}")
 
 
 def _stored_version(reader: CheckpointReader, names: list[str], config: GptqFileConfig) -> int:
@@ -333,12 +350,6 @@ def _saved(module: nn.Module) -> dict[str, Tensor]:
 
 def _packed_layers(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLinear)]
-
-
-def _offloads(device_map: Any) -> bool:
-    """Whether a map leaves weights where they are not used, to be fetched at every use."""
-    places = {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set()
-    return "disk" in places or ("cpu" in places and len(places) > 1)
 
 
 def _leave_files(model: Any, reader: CheckpointReader) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 _CHUNK = 1 << 24
@@ -36,9 +37,27 @@ def tokenizer_sha256(folder: Path) -> str:
     return _sha256(sorted(found, key=lambda path: path.name.encode()), lambda done, total: None)
 
 
+def sha256(path: Path) -> str:
+    """Hex digest of one file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _sha256(files: Sequence[Path], on_bytes: Callable[[int, int], None]) -> str:
-    total = sum(path.stat().st_size for path in files)
-    done, lines = 0, []
+    lines = (f"{digest}  {name}\n" for name, digest in files_sha256(files, on_bytes).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def files_sha256(
+    files: Sequence[Path], on_bytes: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, str]:
+    """Hex digest of each file by its name.
+
+    Args:
+        files: to be read, none of one name.
+        on_bytes: told the bytes read so far, and of how many.
+    """
+    total, done, found = sum(path.stat().st_size for path in files), 0, {}
     for path in files:
         digest = hashlib.sha256()
         with path.open("rb") as stream:
@@ -46,5 +65,14 @@ def _sha256(files: Sequence[Path], on_bytes: Callable[[int, int], None]) -> str:
                 digest.update(chunk)
                 done += len(chunk)
                 on_bytes(done, total)
-        lines.append(f"{digest.hexdigest()}  {path.name}\n")
+        found[path.name] = digest.hexdigest()
+    return found
+
+
+@cache
+def package_sha256() -> str:
+    """sha256 over the names and contents of this package's own sources, as this process first finds them."""
+    home = Path(__file__).parent
+    files = sorted(path for pattern in ("*.py", "csrc/**/*.*") for path in home.rglob(pattern) if path.is_file())
+    lines = (f"{sha256(path)}  {path.relative_to(home).as_posix()}\n" for path in dict.fromkeys(files))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qquant.code_keys import ignoring_code
 from qquant.console import user_errors
 from qquant.errors import BadModelError
 from qquant.telling import OnProgress, unheard
@@ -29,10 +30,13 @@ _EXTREMES = 3
 def inspect_command(
     folder: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
+    ignore_code: Annotated[
+        bool, typer.Option("--ignore-code", help="Open a folder whose files name code, without it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show what a checkpoint holds. Exit code 4 if it would not load, or is not what its manifest says."""
-    with user_errors(debug=debug):
+    with user_errors(debug=debug), ignoring_code(ignore_code):
         from qquant.model_folder import resolve_folder
         from qquant.progress import quiet_transformers, step_progress
 
@@ -60,6 +64,7 @@ def examine(folder: Path, on_progress: OnProgress = unheard) -> dict[str, Any]:
     Raises:
         BadModelError: no config.json, no safetensors, or files too damaged to list.
     """
+    from qquant.checks.manifest import unchanged_files
     from qquant.json_files import read_json
     from qquant.shards import CheckpointReader
 
@@ -71,7 +76,7 @@ def examine(folder: Path, on_progress: OnProgress = unheard) -> dict[str, Any]:
     rest = [entry.spec for name, entry in reader.entries.items() if name not in packed_names]
     stored = sum(entry.spec.nbytes for entry in reader.entries.values())
     parameters = sum(layer["weights"] for layer in packed) + sum(math.prod(spec.shape) for spec in rest)
-    manifest = _manifest(folder, on_progress)
+    manifest = unchanged_files(folder, on_progress)
     problems += [f"{name} is not as the manifest says" for name, same in (manifest or {}).items() if not same]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -173,25 +178,6 @@ def _relative_errors(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
         return None
     modules.sort(key=lambda record: record["relative_error"])
     return {"highest": modules[: -_EXTREMES - 1 : -1], "lowest": modules[:_EXTREMES]}
-
-
-def _manifest(folder: Path, on_progress: OnProgress) -> dict[str, bool] | None:
-    """Whether each file that the manifest names is there unchanged; None without a manifest of ours."""
-    from qquant.checkpoint import MANIFEST_NAME, sha256
-    from qquant.json_files import read_json
-
-    if not (folder / MANIFEST_NAME).is_file():
-        return None
-    named = read_json(folder / MANIFEST_NAME).get("files")
-    if not isinstance(named, dict):
-        return {MANIFEST_NAME: False}
-    # Only the last part of a name: a manifest, like an index, has no business outside its folder.
-    files = {name: folder / Path(name).name for name in named}
-    unchanged: dict[str, bool] = {}
-    for name, file in files.items():
-        on_progress("comparing files with the manifest", len(unchanged), len(files))
-        unchanged[name] = file.is_file() and sha256(file) == named[name]
-    return unchanged
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -27,20 +27,30 @@ class Journal:
     A line that was cut off by the end of the process is dropped; its piece is simply not finished.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        again: str = "--resume",
+        anew: str = "delete that file",
+    ) -> None:
         """Open or begin a journal.
 
         Args:
             path: the file; see ``journal_of``.
             identity: JSON values on which the pieces depend: model hashes, options, data. Compared key by key.
             resume: go on with what is there; without a file, begin all the same.
+            again: what a user goes on with, for messages.
+            anew: what a user does to begin from scratch, for messages.
 
         Raises:
             UsageError: there is a journal and ``resume`` is off, it is of another run, or a run is at work on it.
             BadDataError: the file is no journal.
             DiskError: it cannot be written.
         """
-        self._path = path
+        self._path, self._again, self._anew = path, again, anew
         self._pieces: dict[str, Any] = {}
         self._whole_bytes: int | None = None  # to be cut to before anything is added; None: nothing is to be cut
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
@@ -48,20 +58,25 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             path.touch(exist_ok=False)
+            made = True
         except FileExistsError:
-            os.close(_alone(path))
-            if not resume:
-                raise UsageError(
-                    f"an earlier run left unfinished work in {path}; go on with --resume, or delete that file"
-                ) from None
-            self._read(self._identity)
-            return
+            made = False
+        except FileNotFoundError:  # the folder was there, and the run that it was of has just ended
+            raise _taken(path) from None
+        lock = _alone(path)
         try:
-            self._append(self._head(), mode="w")
+            if not made and not resume:
+                raise UsageError(f"an earlier run left unfinished work in {path}; go on with {again}, or {anew}")
+            if made and os.fstat(lock).st_size == 0:  # else another run was here since
+                self._append(self._head(), mode="w")
+            else:
+                self._read(self._identity)
         except DiskError:
             with suppress(OSError):  # the first error is the one to tell
                 self.remove()
             raise
+        finally:
+            os.close(lock)
 
     def __contains__(self, key: str) -> bool:
         return key in self._pieces
@@ -71,6 +86,10 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Keys and pieces, in the order in which the keys came first."""
+        yield from self._pieces.items()
 
     def add(self, key: str, piece: Any) -> None:
         """Keep one finished piece, a JSON value, and wait until it is on the disk; DiskError where it cannot be."""
@@ -111,7 +130,7 @@ class Journal:
         except OSError as error:
             raise DiskError(
                 f"{self._path} keeps what is finished and cannot be written: {error.strerror or error}; "
-                "mend that, and go on with --resume"
+                f"mend that, and go on with {self._again}"
             ) from error
 
     def _read(self, mine: dict[str, Any]) -> None:
@@ -126,13 +145,13 @@ class Journal:
             keys = {*mine, *theirs.keys()}
             self._pieces = {line["key"]: line["piece"] for line in lines}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadDataError(f"{self._path} is no journal of an unfinished run; delete it: {error}") from error
+            raise BadDataError(f"{self._path} is no journal of an unfinished run; {self._anew}: {error}") from error
         differing = sorted(key for key in keys if mine.get(key) != theirs.get(key))
         if differing:
             shown = "; ".join(f"{key} was {theirs.get(key)!r} and is {mine.get(key)!r}" for key in differing)
             raise UsageError(
-                f"--resume goes on with the same run only, and {self._path} is of another: {shown}; "
-                "delete that file to begin anew"
+                f"{self._again} goes on with the same run only, and {self._path} is of another: {shown}; "
+                f"{self._anew} to begin anew"
             )
         if len(whole) < len(content):
             self._whole_bytes = len(whole)
@@ -191,7 +210,10 @@ def _alone(path: Path) -> int:
     Raises:
         UsageError: another one holds it.
     """
-    descriptor = os.open(path, os.O_RDWR)
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:  # it was there, and that run has just ended
+        raise _taken(path) from None
     try:
         import fcntl  # not on Windows
     except ImportError:
@@ -200,7 +222,11 @@ def _alone(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UsageError(f"another run is at work on {path}; wait for its end, or choose another output") from None
+        raise _taken(path) from None
     except OSError:
         pass  # a file system without locks
     return descriptor
+
+
+def _taken(path: Path) -> UsageError:
+    return UsageError(f"another run is at work on {path}; wait for its end, or choose another output")

@@ -7,7 +7,7 @@ is adapter.py; reading files is shards.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -97,6 +97,15 @@ class MergedReader:
             total = tensor.float() + self.adapter.reader.read(bias).float() * scale
             tensor = _rounded(total, tensor.dtype, name, self.adapter)
         return tensor
+
+    def has_rows(self, name: str) -> bool:
+        """Whether ``rows`` of a tensor can be read: not of what the adapter changes."""
+        return name not in self.adapter.updates
+
+    def rows(self, name: str, places: Sequence[int]) -> Tensor:
+        """Some rows of a matrix, in the order asked for, on the CPU."""
+        assert self.has_rows(name), f"{name} is merged as a whole"
+        return self.base.rows(self._stored(name), places)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor's values piece by piece, flattened."""

@@ -21,9 +21,10 @@ from qquant.config import QuantizeConfig
 from qquant.errors import BadDataError, UsageError
 from qquant.mixed_settings import label, rules_for, settings_of, stage_bytes
 from qquant.model_folder import resolve_folder
+from qquant.padding import fit_to_ranks
 from qquant.samples import Sample
 from qquant.sensitivity import Divergence, StageCost, divergence, measure_stages
-from qquant.shards import written_bytes
+from qquant.shard_writer import written_bytes
 from qquant.sources import StreamedModel
 from qquant.telling import OnProgress, say_once, unheard
 
@@ -91,6 +92,7 @@ class MixedPrecision:
     """Held-out windows for ``measured_kl``."""
     max_shard_bytes: int
     adapter: Path | None
+    tensor_parallel: int
     allocator: Allocator = field(init=False)
     _beside: int = field(init=False)
 
@@ -132,11 +134,8 @@ class MixedPrecision:
             # Headers are a few bytes longer where sizes have more digits.
             beside += choice.point.size_bytes - target_bytes
         if choice.point.size_bytes < NEAR * target_bytes:
-            _log.warning(
-                "no choice of settings lies within 2 %% below %s; the nearest is %s",
-                _said(target_bytes),
-                _said(choice.point.size_bytes),
-            )
+            near = _said(choice.point.size_bytes)
+            _log.warning("no choice of settings lies within 2 %% below %s; nearest is %s", _said(target_bytes), near)
         return choice
 
     def choose(
@@ -277,6 +276,7 @@ def measure(
     max_shard_bytes: int = 4_000_000_000,
     device: torch.device | str = "cpu",
     adapter: str | Path | None = None,
+    tensor_parallel: int = 1,
     on_progress: OnProgress = unheard,
 ) -> MixedPrecision:
     """Measure what each stage of a model costs at 4 and 8 bits.
@@ -292,6 +292,7 @@ def measure(
         max_shard_bytes: as for ``quantize_checkpoint``; headers count.
         device: where blocks are computed.
         adapter: a LoRA adapter to merge.
+        tensor_parallel: as for ``quantize_checkpoint``.
         on_progress: told of each block.
 
     Raises:
@@ -309,10 +310,11 @@ def measure(
     probes, data = _probes(calibration, sensitivity_tokens, apart=config.needs_data)
     tuned = None if adapter is None else Path(adapter).expanduser()
     source = StreamedModel(resolve_folder(str(model)), dtype=torch.float32, device=device, adapter=tuned)
+    fit_to_ranks(source, config, tensor_parallel)
     costs = measure_stages(source, probes, data, lambda shape: settings_of(shape, config), on_progress=on_progress)
     if not costs:
         raise UsageError("the rules leave every linear layer alone, so there is nothing to choose; remove some")
-    return MixedPrecision(source, config, costs, calibration, check, max_shard_bytes, tuned)
+    return MixedPrecision(source, config, costs, calibration, check, max_shard_bytes, tuned, tensor_parallel)
 
 
 def choose(

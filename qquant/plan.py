@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qquant.code_keys import ignoring_code
 from qquant.console import counts, size_in_bytes, user_errors, words
 from qquant.errors import DoesNotFitError, UsageError
 
@@ -26,6 +27,7 @@ def plan_command(
     prompt_tokens: Annotated[str, typer.Option("--prompt-tokens", help="Tokens of the prompt, as 512,2048.")] = "512",
     new_tokens: Annotated[str, typer.Option("--new-tokens", help="Tokens to generate, as 128,512.")] = "512",
     group_size: Annotated[int, typer.Option("--group-size", help="Columns that share a scale; -1: the row.")] = 128,
+    method: Annotated[str, typer.Option(help="Of quantizing, as qquant quantize takes it.")] = "best",
     samples: Annotated[int, typer.Option(help="Of calibration, for what quantizing takes.")] = 128,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of each.")] = 2048,
     runtime: Annotated[str, typer.Option(help="qquant, or qwen-2023: the original code.")] = "qquant",
@@ -33,10 +35,13 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also make a report folder of it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    ignore_code: Annotated[
+        bool, typer.Option("--ignore-code", help="Open a folder whose files name code, without it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Predict memory for loading, generating and quantizing. Exit code 3 if nothing fits the stated card."""
-    with user_errors(debug=debug):
+    with user_errors(debug=debug), ignoring_code(ignore_code):
         size = None if gpu is None else size_in_bytes(gpu, "--gpu")
         from qquant.plan_report import plan_sections
         from qquant.planning import Question, plan_model, what_would_fit
@@ -57,6 +62,7 @@ def plan_command(
             prompt_tokens=counts(prompt_tokens, "--prompt-tokens"),
             new_tokens=counts(new_tokens, "--new-tokens"),
             group_size=group_size,
+            method=method,
             samples=samples,
             seq_len=seq_len,
             device_bytes=size,

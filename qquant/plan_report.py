@@ -48,12 +48,16 @@ class PlanQuantizing(Strict):
     samples: int
     seq_len_tokens: int
     """Of each sample, at most."""
+    method: str = "gptq"
+    """Plans made before this was kept were for that."""
     device_bytes: int
-    """On the device that computes: activations with one block and its Hessians, or the proof of what was written."""
+    """On the device that computes, the activations of all samples included."""
+    least_bytes: int | None = None
+    """The same with these on the disk; None in plans made before that was possible."""
     ram_bytes: int
     """In the machine's memory when a GPU computes; on a CPU device_bytes is all."""
     disk_bytes: int
-    """The written folder's weights."""
+    """The written folder's weights, and what lies beside them until it is complete."""
 
 
 class PlanTensorParallel(Strict):
@@ -159,10 +163,12 @@ def _quantizing_section(plan: Plan) -> list[str]:
         (f"int{row.bits}", str(row.group_size), *(_in(unit, size) for size in _sizes(row, plan)))
         for row in plan.quantizing
     ]
-    head = ("weights", "group", *(("RAM", "disk") if plan.device == "cpu" else ("card", "RAM", "disk")))
+    sizes = ("RAM", "at least", "disk") if plan.device == "cpu" else ("card", "at least", "RAM", "disk")
+    head = ("weights", "group", *sizes)
     said = (
-        f"From disk, one block at a time, {first.samples} samples of {first.seq_len_tokens} tokens, method gptq; best "
-        f"takes more (docs/plan.md). Python and torch come on top. {_SAID[unit]}"
+        f"From disk, one block at a time, {first.samples} samples of {first.seq_len_tokens} tokens, method "
+        f"{first.method}. With less than the first figure, but at least the second, the samples' activations are kept "
+        f"on the disk. Python and torch come on top. {_SAID[unit]}"
     )
     return ["## Quantizing it", said, table(head, body)]
 
@@ -179,9 +185,10 @@ def _parallel_section(plan: Plan) -> list[str]:
 
 
 def _sizes(row: PlanQuantizing, plan: Plan) -> tuple[int, ...]:
+    least = row.device_bytes if row.least_bytes is None else row.least_bytes
     if plan.device == "cpu":
-        return row.device_bytes, row.disk_bytes
-    return row.device_bytes, row.ram_bytes, row.disk_bytes
+        return row.device_bytes, least, row.disk_bytes
+    return row.device_bytes, least, row.ram_bytes, row.disk_bytes
 
 
 _GIB, _MIB = 2**30, 2**20

@@ -22,10 +22,11 @@ from qquant.footprint import (
     KV_TABLES_REST_BYTES,
     ModelShapes,
     footprint,
-    quantizing_bytes,
     weights_bytes,
 )
+from qquant.methods import recipe_of
 from qquant.models.sizes import SIZES, size_config
+from qquant.needs import IMPORTED_BYTES, quantizing_needs
 from qquant.packing import packable
 from qquant.plan_report import Plan, PlanCell, PlanLimit, PlanQuantizing, PlanTensorParallel, Runtime
 from qquant.published import PublishedCell
@@ -33,13 +34,11 @@ from qquant.random_models import config_from_dict
 from qquant.records import KVKind, Precision
 from qquant.results import ModelRow, Result
 from qquant.shapes import find_config, model_shapes
-from qquant.stored_bytes import held_bytes, refuse_beyond_counting, refuse_uneven_groups, stage_bytes, uncut
+from qquant.stored_bytes import held_bytes, refuse_beyond_counting, refuse_uneven_groups, stage_bytes
+from qquant.tensor_parallel import Packing, uncut
 
 RANKS = (1, 2, 4, 8)
 """Cards that a model is commonly cut over."""
-CPU_PROCESS_BYTES = 370_000_000
-"""What a process holds once torch, transformers and this package are imported. Measured: 373 MB of resident memory
-before the model, on the runs of docs/plan.md."""
 _MOST = 1 << 24
 """Where the search for the largest batch or context ends."""
 PLAIN: Final = "plain"
@@ -57,8 +56,10 @@ class Question:
     prompt_tokens: tuple[int, ...] = (512,)
     new_tokens: tuple[int, ...] = (512,)
     group_size: int = 128
+    method: str = "best"
+    """Of quantizing, for what that takes."""
     samples: int = 128
-    """Of calibration, for what quantizing takes."""
+    """Of calibration, likewise."""
     seq_len: int = 2048
     runtime: Runtime = "qquant"
     device: Literal["cpu", "cuda"] = "cuda"
@@ -82,6 +83,7 @@ class Question:
                         f"a cache that is not quantized is kept in what the model computes in, {precision}, got --kv "
                         f"{kv}; write --kv {PLAIN}"
                     )
+        recipe_of(self.method)
         if self.runtime not in get_args(Runtime):
             raise UsageError(f"--runtime must be one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
         if self.runtime == "qwen-2023" and self.device == "cpu":
@@ -219,7 +221,7 @@ def published_peak_bytes(cell: PublishedCell) -> int:
 
 
 def _needed(cell: PlanCell, device: str) -> int:
-    beside = CUDA_CONTEXT_BYTES if device == "cuda" else CPU_PROCESS_BYTES
+    beside = CUDA_CONTEXT_BYTES if device == "cuda" else IMPORTED_BYTES
     return max(cell.footprint.peak_bytes, cell.loading_peak_bytes) + beside
 
 
@@ -332,16 +334,24 @@ def _largest(fits: Callable[[int], bool]) -> int:
 
 
 def _quantizing(shapes: ModelShapes, question: Question, bits: int) -> PlanQuantizing:
-    device, ram = quantizing_bytes(shapes, samples=question.samples, seq_len=question.seq_len, device=question.device)
+    needs = quantizing_needs(
+        shapes,
+        recipe_of(question.method),
+        samples=question.samples,
+        seq_len=question.seq_len,
+        device=question.device,
+    )
     precision: Precision = "int8" if bits == 8 else "int4"
     return PlanQuantizing(
         bits=bits,
         group_size=question.group_size,
         samples=question.samples,
         seq_len_tokens=question.seq_len,
-        device_bytes=device,
-        ram_bytes=ram,
-        disk_bytes=weights_bytes(shapes, precision, group_size=question.group_size),
+        method=question.method,
+        device_bytes=needs.fixed_bytes + needs.activation_bytes,
+        least_bytes=needs.fixed_bytes,
+        ram_bytes=needs.host_bytes,
+        disk_bytes=weights_bytes(shapes, precision, group_size=question.group_size) + needs.shelf_bytes,
     )
 
 
@@ -365,7 +375,8 @@ def _refuse_unpackable(shapes: ModelShapes, bits: int, group_size: int) -> None:
 
 
 def _tensor_parallel(shapes: ModelShapes, precision: Precision, group_size: int, ranks: int) -> PlanTensorParallel:
-    reason = uncut(shapes, precision, group_size=group_size, ranks=ranks)
+    packing = Packing(BITS[precision], group_size) if precision in BITS else None
+    reason = uncut(shapes, lambda name: packing, ranks)
     return PlanTensorParallel(ranks=ranks, precision=precision, fits=reason is None, reason=reason)
 
 

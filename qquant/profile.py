@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from qquant.code_keys import ignoring_code
 from qquant.console import counts, size_in_bytes, user_errors, words
 from qquant.journal import journal_of
 
@@ -46,10 +47,13 @@ def profile_command(
     seed: Annotated[int, typer.Option(help="Of prompts and random weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run ended.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    ignore_code: Annotated[
+        bool, typer.Option("--ignore-code", help="Open a folder whose files name code, without it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure memory and speed over a grid; cells without memory say so. Only the report's path goes to stdout."""
-    with user_errors(debug=debug):
+    with user_errors(debug=debug), ignoring_code(ignore_code):
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         limit = None if memory_limit is None else size_in_bytes(memory_limit, "--memory-limit")
         batches, prompts, news = (

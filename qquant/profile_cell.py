@@ -26,6 +26,7 @@ from transformers import GenerationConfig, Qwen2Config
 
 from qquant.baselines import load_bitsandbytes, unlisted_bytes_of
 from qquant.checkpoint import load_model
+from qquant.code_keys import ignoring_code
 from qquant.heap import keep_freed_memory
 from qquant.kv_cache_quant import enable_kv_quant
 from qquant.measure import MemoryMeter, device_used_bytes, free_memory_bytes, tensor_bytes
@@ -74,7 +75,8 @@ def main() -> None:
 
     request = CellRequest.model_validate_json(_first_line(0))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    cell = run_cell(request, lambda: answer({"step": True}))
+    with ignoring_code(request.ignore_code):
+        cell = run_cell(request, lambda: answer({"step": True}))
     answer({"cell": cell.model_dump(mode="json")})
     answers.close()
     # Nothing is left to do, and tearing down a device context or worker threads can fail after a good answer.

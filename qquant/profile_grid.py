@@ -20,6 +20,7 @@ import qquant
 from qquant.baselines import BitsAndBytesKind, check_bitsandbytes
 from qquant.cell_process import measure_apart
 from qquant.checkpoint import is_quantized, quantization_config
+from qquant.code_keys import code_ignored
 from qquant.errors import BadModelError, UsageError
 from qquant.eval_inputs import labelled, refuse_below_one, stored_dtype
 from qquant.eval_models import rows as folder_rows
@@ -316,6 +317,7 @@ def _request(
         warmups=grid.warmups,
         repeats=grid.repeats,
         memory_limit_bytes=grid.memory_limit_bytes,
+        ignore_code=code_ignored(),
     )
 
 

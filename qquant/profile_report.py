@@ -57,6 +57,8 @@ class CellRequest(Strict):
     repeats: int
     memory_limit_bytes: int | None
     """Of the device; on a CPU of the process. None: what is free."""
+    ignore_code: bool = False
+    """Open a folder whose files name code, without it."""
 
 
 class CellMemory(Strict):

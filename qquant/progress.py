@@ -15,16 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qquant.config import ModuleRecord
-from qquant.telling import OnProgress
+from qquant.telling import OnProgress, unheard
 
 PLAIN_SECONDS = 30.0
 """Between two lines where stderr is no terminal."""
 
 
 @contextmanager
-def step_progress() -> Iterator[OnProgress]:
-    """Show the step, how far it is, the time it took and the time it has left."""
+def step_progress(*, shown: bool = True) -> Iterator[OnProgress]:
+    """Show the step, how far it is, the time it took and the time it has left; nothing unless ``shown``."""
     console = Console(stderr=True)
+    if not shown:
+        yield unheard
+        return
     if not console.is_terminal:
         yield _plain(console)
         return
@@ -42,13 +45,17 @@ class Listeners(NamedTuple):
 
 
 @contextmanager
-def module_progress(blocks: int | None) -> Iterator[Listeners]:
+def module_progress(blocks: int | None, *, shown: bool = True) -> Iterator[Listeners]:
     """Show the newest linear and its error while a model is quantized, the time so far and left.
 
     Args:
         blocks: of the model; None where that is not known, and then no time left is shown.
+        shown: False shows nothing.
     """
     console = Console(stderr=True)
+    if not shown:
+        yield Listeners(lambda record: None, unheard)
+        return
     if console.is_terminal:
         with _line(console, "reading the model", blocks) as (progress, task):
             show = _live(progress, task)

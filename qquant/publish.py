@@ -5,8 +5,10 @@ What goes into the folder, and which existing folder may be replaced by it, is t
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,13 +63,9 @@ def published(out: Path, kind: Kind, *, overwrite: bool) -> Iterator[Path]:
     try:
         staging.mkdir()
         yield staging
-        _sync_folder(staging)
+        sync_folder(staging)
         refuse_existing(out, kind, overwrite=overwrite)
-        if out.exists():
-            _exchange(staging, out)
-        else:
-            staging.rename(out)
-        _sync(out.parent)
+        put_in_place(staging, out, aside=out.parent / f".{out.name}.replaced-{os.getpid()}")
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
@@ -76,24 +74,45 @@ def published(out: Path, kind: Kind, *, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def _exchange(staging: Path, out: Path) -> None:
-    """Put ``staging`` in the place of ``out``; the old folder comes back if that fails."""
-    retired = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    out.rename(retired)
-    try:
-        staging.rename(out)
-    except BaseException:
-        retired.rename(out)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
+def put_in_place(new: Path, out: Path, *, aside: Path) -> None:
+    """Let the folder ``new`` become ``out``; an ``out`` that is there is removed. Waits until it is on the disk.
+
+    Where the system can exchange two folders in one step (Linux, most file systems), there is always a whole one at
+    ``out``. Elsewhere the old one is moved ``aside`` first, and comes back if the new one cannot take its place.
+    """
+    if not out.exists():
+        new.rename(out)
+        sync(out.parent)
+        return
+    if not _exchanged(new, out):
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+        try:
+            new.rename(out)
+        except BaseException:
+            aside.rename(out)
+            raise
+    sync(out.parent)
+    for old in (new, aside):
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def _exchanged(new: Path, out: Path) -> bool:
+    """Whether the two folders could change their names in one step."""
+    if sys.platform != "linux" or (renameat2 := getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)) is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(new), here, os.fsencode(out), exchange) == 0)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the files directly in a folder, and their names, are on the disk."""
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until one file, or the names in one folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,6 +8,7 @@ written and compare, publish. Every step's own room does the work. Options and r
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from qquant.calibrate import Sample
     from qquant.config import ModuleRecord, QuantizeConfig, QuantizeLog
     from qquant.mixed_precision import Choice, MixedPrecision
+    from qquant.ranks import Ranks
     from qquant.sensitivity import Divergence
     from qquant.solver import Solution
+    from qquant.sources import StreamedModel
+    from qquant.unfinished import UnfinishedRun
 
 _MOST_RUNS = 4  # of a model whose divergence was higher than predicted
 _STRICTER = 1.05  # than what was measured asks for, so that the next choice does not miss by a hair
@@ -48,12 +52,18 @@ def quantize_checkpoint(
     on_module: Callable[[ModuleRecord], None] | None = None,
     on_progress: OnProgress = unheard,
     adapter: str | Path | None = None,
-    before_sealing: Callable[[Path], None] = lambda folder: None,
+    before_sealing: Callable[[UnfinishedRun], None] = lambda run: None,
     also_seen: Sequence[Sample] = (),
+    tensor_parallel: int = 1,
+    max_memory: int | None = None,
+    ranks: Ranks | None = None,
+    number: int = 0,
 ) -> QuantizeLog:
     """Quantize a model folder into a new one, one decoder block in memory at a time.
 
-    The result is written beside ``out``, reopened, compared with what the walk computed, and only then renamed.
+    What is finished is kept in ``out.unfinished``; a run that was cut off goes on there when it is called again in the
+    same way, with as many ranks as there are then. The result is reopened, compared with what the walk computed, and
+    only then becomes ``out``, by one rename.
 
     Args:
         model: folder or hub id of the original, safetensors weights.
@@ -67,95 +77,74 @@ def quantize_checkpoint(
         on_module: called after each linear, for progress.
         on_progress: told of what comes before the first linear, where a method takes gradients.
         adapter: folder of a peft LoRA adapter to merge into the model as its blocks are read; None: none.
-        before_sealing: called with the complete folder before it is sealed by its manifest and published. What it adds
-            goes along; if it raises, nothing is published.
+        before_sealing: called with the run when its result is a complete folder, before that is sealed by its manifest
+            and published. What it adds goes along; if it raises, nothing is published.
         also_seen: samples by which ``config`` was chosen, for the manifest's sketch of what the model has seen.
+        tensor_parallel: cards that servers will cut the model over; MLPs are padded with zeros where that needs it.
+
+        max_memory: bytes that the process may take; activations that do not fit are kept on the disk. None: half of
+            what is free now.
+        ranks: the processes that do this together, each with the same arguments; one of them writes. None: this one.
+        number: of this try, where several are made for one ``out``.
 
     Returns:
         What was done to each module; the same is in the folder's quant_log.json.
 
     Raises:
-        QquantError: bad options (UsageError), model, data, numbers, or disk; nothing is left at ``out``.
+        QquantError: bad options (UsageError), model, data, numbers, memory or disk; ``out`` is as it was.
+        StoppedError: SIGINT or SIGTERM came; what is finished is kept.
     """
-    import torch
-
     from qquant.calibrate import check_samples, data_record
-    from qquant.capture import capture, head
-    from qquant.checkpoint import (
-        QUANTIZED_FOLDER,
-        check_logits,
-        plan_tensors,
-        quantization_keys,
-        reopen,
-        write_manifest,
-    )
-    from qquant.config import QuantizeLog
-    from qquant.folding import foldable
-    from qquant.gradients import output_moments
-    from qquant.linear import QuantLinear
+    from qquant.checkpoint import QUANTIZED_FOLDER, plan_tensors
+    from qquant.making import Making
     from qquant.model_folder import resolve_folder
-    from qquant.models.layouts import block_list
-    from qquant.publish import published
-    from qquant.shards import DTYPES, ShardWriter
+    from qquant.padding import fit_to_ranks
+    from qquant.ranks import ALONE
     from qquant.side_files import collect
     from qquant.sources import StreamedModel
-    from qquant.walk import Walk
+    from qquant.stage_records import log_of
+    from qquant.unfinished import going_on, refuse_output
 
-    folder, target = resolve_folder(str(model)), Path(out)
+    folder, target, together = resolve_folder(str(model)), Path(out), ranks or ALONE
+    refuse_output(target, QUANTIZED_FOLDER, overwrite=overwrite)
     tuned = None if adapter is None else Path(adapter).expanduser()
     source = StreamedModel(folder, dtype=dtype, device=device, adapter=tuned)
+    fit_to_ranks(source, config, tensor_parallel)
     beside = collect(folder, adapter=tuned, changes=source.config_changes)
     beside.check_tokenizer()
     vocabulary = int(source.config.get_text_config().vocab_size)
     chosen = _samples_or_probe(samples, config, vocabulary)
     check_samples(chosen, vocabulary)
+    _refuse_ranks(together, config, len(chosen))
     seen = samples is not None and (config.needs_data or bool(also_seen))
-    data: dict[str, Any] = data_record(samples or (), also_seen) if seen else {}
     plan, quantized, skipped = plan_tensors(source, config)
-    with published(target, QUANTIZED_FOLDER, overwrite=overwrite) as staging:
-        writer = ShardWriter(staging, plan, max_shard_bytes=max_shard_bytes)
-        blocks = len(block_list(source.model, source.layout))
-        late = foldable(source.layout, blocks) if config.recipe.folds else set()
-        unchanged = {name for name in plan if name in source.reader.entries}
-        for name in plan:
-            if name in unchanged - late:
-                writer.write_chunks(name, source.finite_chunks(name))
-
-        def keep(name: str, tensor: torch.Tensor) -> None:
-            unchanged.discard(name)
-            writer.write(name, tensor)
-
-        def write(name: str, layer: nn.Linear, solution: Solution, settings: QuantizeConfig) -> None:
-            packed = QuantLinear.from_codes(*solution.packable(), bits=settings.bits, group_size=settings.group_size)
-            for part, tensor in packed.state_dict().items():
-                writer.write(f"{name}.{part}", tensor)
-
-        source.load_outside(with_head=config.recipe.output)
-        stream = capture(source, chosen, device)
-        outputs = output_moments(source, stream, device, on_progress=on_progress) if config.recipe.output else {}
-        source.release_outside()
-        stored = {name: DTYPES[spec.dtype] for name, spec in plan.items()}
-        walk = Walk(source, config, write, on_module or (lambda record: None), outputs, keep, stored.get)
-        walk.run(stream)
-        for name in plan:
-            if name in unchanged & late:
-                writer.write_chunks(name, source.finite_chunks(name))
-        writer.close()
-        beside.write(staging, quantization_keys(config, quantized, skipped))
-
-        source.load_outside(with_head=True)
-        with torch.no_grad():
-            walked = head(source, stream.hidden[0], device)
-        source.release_outside()
-        del stream
-        check_logits(_logits_of(reopen(staging, dtype=source.dtype, device=device), chosen[0], device), walked)
-        before_sealing(staging)
-        log = QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
-        computed_in = str(source.dtype).removeprefix("torch.")
-        write_manifest(
-            staging, source=folder, adapter=tuned, config=config, data=data, log=log, computed_in=computed_in
-        )
-    return log
+    spills, shelves = _room(source, config, chosen, max_memory, together)
+    making = Making(
+        source=source,
+        beside=beside,
+        config=config,
+        samples=chosen,
+        plan=plan,
+        quantized=quantized,
+        skipped=skipped,
+        data=data_record(samples or (), also_seen) if seen else {},
+        adapter=tuned,
+        max_shard_bytes=max_shard_bytes,
+        spills=spills,
+        on_module=on_module or (lambda record: None),
+        on_progress=on_progress,
+    )
+    identity = making.identity(tensor_parallel=tensor_parallel) if together.writer else {}
+    with going_on(target, QUANTIZED_FOLDER, identity, overwrite=overwrite, ranks=together, number=number) as run:
+        if not run.sealed:
+            if together.writer:
+                run.refuse_full_disk(sum(spec.nbytes for spec in plan.values()) + shelves)
+            making.make(run)
+            if together.writer:
+                before_sealing(run)
+                making.describe(run)
+        run.publish()
+        return log_of(run)
 
 
 def quantize_mixed(
@@ -181,7 +170,7 @@ def quantize_mixed(
         out: folder to make; mixed_precision.json in it tells what was chosen from.
         target_bytes: size of all weight files to stay under.
         max_kl: measured mean KL in nats per token to stay under.
-        dtype: as in ``quantize_checkpoint``; device, adapter and size of shards are those of ``measure``.
+        dtype: as in ``quantize_checkpoint``; device, adapter, cards and size of shards are those of ``measure``.
         overwrite: as in ``quantize_checkpoint``.
         on_choice: called with what is about to be quantized, and the KL measured of what was chosen before, if any.
         on_module: as in ``quantize_checkpoint``.
@@ -196,6 +185,7 @@ def quantize_mixed(
     from qquant.errors import UsageError
     from qquant.json_files import write_json
     from qquant.mixed_precision import FEW_CHECK_TOKENS, MARGIN, RECORD_NAME
+    from qquant.unfinished import work_folder
 
     assert (target_bytes is None) != (max_kl is None), "one target"
     limit = math.inf if max_kl is None else max_kl
@@ -216,16 +206,16 @@ def quantize_mixed(
         choice = mixed.choose(target_bytes=target_bytes, max_kl=max_kl, correction=correction)
         on_choice(choice, None if measured is None else measured.kl)
 
-        def check(folder: Path, choice: Choice = choice, first: bool = number == 0) -> None:
+        def check(run: UnfinishedRun, choice: Choice = choice, first: bool = number == 0) -> None:
             nonlocal measured, correction
-            measured = mixed.measured_kl(folder)
+            measured = mixed.measured_kl(run.result)
             if max_kl is not None:
                 corrected = _STRICTER * measured.kl / choice.point.predicted_kl
                 loose = first and corrected < _LOOSE * correction
                 correction = corrected
                 if measured.kl > limit or (loose and choice != mixed.for_kl(limit, correction=corrected)):
                     raise _ChooseAgain
-            write_json(folder / RECORD_NAME, mixed.record(choice, target, measured))
+            write_json(run.result / RECORD_NAME, mixed.record(choice, target, measured))
 
         try:
             log = quantize_checkpoint(
@@ -242,12 +232,17 @@ def quantize_mixed(
                 adapter=mixed.adapter,
                 before_sealing=check,
                 also_seen=seen,
+                tensor_parallel=mixed.tensor_parallel,
+                number=number,
             )
         except _ChooseAgain:
             continue
-        assert measured is not None  # by ``check``, before anything is published
-        return log, measured
+        for earlier in range(number):
+            shutil.rmtree(work_folder(Path(out), earlier), ignore_errors=True)
+        return log, measured or mixed.measured_kl(Path(out))  # sealed by an earlier process
     assert measured is not None
+    for earlier in range(_MOST_RUNS):
+        shutil.rmtree(work_folder(Path(out), earlier), ignore_errors=True)
     raise UsageError(
         f"a KL of at most {limit:g} was missed {_MOST_RUNS} times, the last measured {measured.kl:.3g}; nothing was "
         "published. Ask for a higher one, or for a size"
@@ -278,11 +273,11 @@ def quantize_model(
     from qquant.calibrate import check_samples
     from qquant.capture import capture
     from qquant.checkpoint import attach_quantization, refuse_unpackable_model
-    from qquant.config import QuantizeLog
     from qquant.gradients import output_moments
     from qquant.linear import QuantLinear
     from qquant.model_kernels import attach_kernels
     from qquant.sources import LoadedModel
+    from qquant.stage_records import log_of
     from qquant.walk import Walk
 
     source = LoadedModel(model)
@@ -301,11 +296,12 @@ def quantize_model(
     outputs = output_moments(source, stream, model.device) if config.recipe.output else {}
     walk = Walk(source, config, keep, on_module or (lambda record: None), outputs)
     walk.run(stream)
+    log = log_of(walk.unfinished)
     for name, layer in replacements.items():
         model.set_submodule(name, layer)
-    attach_quantization(model, config, list(replacements), walk.skipped)
+    attach_quantization(model, config, list(replacements), list(log.skipped))
     attach_kernels(model)
-    return QuantizeLog(modules=tuple(walk.records), skipped=tuple(walk.skipped))
+    return log
 
 
 def _samples_or_probe(samples: Sequence[Sample] | None, config: QuantizeConfig, vocabulary: int) -> list[Sample]:
@@ -326,19 +322,52 @@ def _samples_or_probe(samples: Sequence[Sample] | None, config: QuantizeConfig, 
     return list(samples)
 
 
-def _logits_of(source: Any, sample: Sample, device: torch.device | str) -> torch.Tensor:
-    """Logits [1, T, vocab] of one sample through a folder that is read block by block."""
+def _room(
+    source: StreamedModel, config: QuantizeConfig, samples: Sequence[Sample], max_memory: int | None, ranks: Ranks
+) -> tuple[bool, int]:
+    """Whether activations have to be kept on the disk, and the bytes of disk that the work takes beside the result."""
     import torch
 
-    from qquant.capture import capture, head
-    from qquant.hooks import first_output
-    from qquant.models.layouts import block_list
+    from qquant.errors import BadModelError, UsageError
+    from qquant.measure import free_memory_bytes
+    from qquant.needs import IMPORTED_BYTES, quantizing_needs
+    from qquant.shapes import model_shapes
 
-    source.load_outside(with_head=True)
-    stream = capture(source, [sample], device)
-    hidden = stream.hidden[0]
-    with torch.inference_mode():
-        for index in range(len(block_list(source.model, source.layout))):
-            hidden = first_output(source.load(index)(hidden, **stream.calls[0][index]))
-            source.release(index)
-        return head(source, hidden, device)
+    longest = max(len(sample.input_ids) for sample in samples)
+    sizes: dict[str, Any] = {
+        "seq_len": longest,
+        "device": source.device.type,
+        "element_bytes": torch.empty(0, dtype=source.dtype).element_size(),
+    }
+    try:
+        shapes = model_shapes(source.config)
+    except BadModelError as error:
+        if max_memory is not None:
+            raise UsageError(
+                f"--max-memory is for models whose memory can be predicted; leave it out: {error}"
+            ) from error
+        return False, 0
+    needs = quantizing_needs(shapes, config.recipe, samples=-(-len(samples) // ranks.size), **sizes)
+    disk = quantizing_needs(shapes, config.recipe, samples=len(samples), **sizes).shelf_bytes
+    if max_memory is not None:
+        taken = IMPORTED_BYTES if source.device.type == "cpu" else 0
+        return needs.spills(max_memory, imported_bytes=taken), disk
+    on_cpu = source.device.type == "cpu"
+    free = free_memory_bytes() // ranks.size if on_cpu else torch.cuda.mem_get_info(source.device)[0]
+    needs.spills(free, imported_bytes=0)  # whether it fits at all
+    return needs.spills(max(free // 2, needs.fixed_bytes), imported_bytes=0), disk
+
+
+def _refuse_ranks(ranks: Ranks, config: QuantizeConfig, samples: int) -> None:
+    """What several processes cannot share."""
+    from qquant.errors import UsageError
+
+    if ranks.size == 1:
+        return
+    if config.recipe.tune:
+        raise UsageError(
+            f'tune trains a block on all samples in one process, got method "{config.method}" and {ranks.size} ranks; '
+            "use one rank, or a method without tune"
+        )
+    if samples < ranks.size:
+        raise UsageError(f"every rank needs a sample, got {samples} samples for {ranks.size} ranks; use fewer ranks")

@@ -17,7 +17,8 @@ from torch import Tensor
 from qquant import _native
 from qquant.descent_numpy import descend as descend_block
 from qquant.descent_numpy import round_rows
-from qquant.factor import factor_rows, inverse_factor
+from qquant.errors import NumericError
+from qquant.factor import all_finite, factor_rows, inverse_factor
 from qquant.telling import say_once
 
 OUTPUT_DAMP = 0.05
@@ -49,9 +50,16 @@ def balanced(outputs: Tensor) -> Tensor:
     """O's blocks [blocks, side, side] over their own mean diagonal, damped by ``OUTPUT_DAMP``.
 
     Blocks do not see one another, so that only the ratios inside one matter. Where predictions feel none of a block's
-    outputs, all of them count alike.
+    outputs, all of them count alike. Raises NumericError where they are no second moments: not finite, or negative on
+    the diagonal.
     """
-    mean = outputs.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    diagonal = outputs.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)[:, None, None]
+    if not all_finite(outputs) or not all_finite(mean) or bool((diagonal < 0).any()):
+        raise NumericError(
+            "moments of a linear's outputs must be finite and mean squares at least 0, got others: the gradients "
+            "overflow, or the sums are damaged; compute in float32, or choose a method without output, such as gptq"
+        )
     one = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
     return torch.where(mean > 0, outputs / mean.clamp(min=torch.finfo(outputs.dtype).tiny), one) + OUTPUT_DAMP * one
 
@@ -68,14 +76,21 @@ class RowRounder:
     """
 
     def __init__(self, outputs: Tensor, dtype: torch.dtype) -> None:
-        """Factorize the blocks."""
+        """Factorize the blocks. Raises NumericError if one is not positive definite, which damped moments are."""
         self._native = _compiled()
         blocks, self._side, _ = outputs.shape
         order = outputs.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True).cpu()
         factor = torch.empty(outputs.shape, dtype=dtype)
         nothing = torch.zeros(self._side, dtype=torch.bool)
         for block in range(blocks):
-            inverse, _, _ = inverse_factor(outputs[block].cpu().to(dtype), order[block], nothing, _TINY)
+            part = outputs[block].cpu().to(dtype)
+            try:
+                inverse, _, _ = inverse_factor(part, order[block], nothing, _TINY, raises=0)
+            except NumericError as error:
+                raise NumericError(
+                    "moments of a linear's outputs must be positive definite once damped, and are not: the sums are "
+                    "damaged; calibrate again, or choose a method without output, such as gptq"
+                ) from error
             factor[block] = factor_rows(inverse, 0, self._side)
         self._factor, self._dtype = factor, dtype
         self._order = order.contiguous()
@@ -134,8 +149,8 @@ def refine(
 def error_of(target: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Quantized - target, [out, in] in target's dtype."""
     rows, groups = scales.shape
-    steps = codes.reshape(rows, groups, -1).to(target.dtype) - zeros[:, :, None]
-    return (steps * scales[:, :, None]).reshape(target.shape) - target
+    steps = codes.reshape(rows, groups, -1).to(target.dtype).sub_(zeros[:, :, None])
+    return steps.mul_(scales[:, :, None]).reshape(target.shape).sub_(target)
 
 
 def refit_scales(
@@ -147,7 +162,7 @@ def refit_scales(
     and so do such rows' scales where after rounding to float16 they are no better.
     """
     rows, groups = scales.shape
-    steps = (codes.reshape(rows, groups, -1).to(target.dtype) - zeros[:, :, None]).reshape(target.shape)
+    steps = codes.reshape(rows, groups, -1).to(target.dtype).sub_(zeros[:, :, None]).reshape(target.shape)
     size = target.shape[1] // groups
     side = 1 if outputs is None else outputs.shape[1]
 
@@ -179,11 +194,13 @@ def refit_scales(
     error = error_of(target, codes, scales, zeros)
     weighted = weigh(error)
     before = total(weighted * error)
+    del error  # as large as the weight, as are those below that have no name
     residual, change = -pull(weighted), torch.zeros_like(scales)
+    del weighted
     preconditioned = weight * residual
     direction, strength = preconditioned.clone(), total(residual * preconditioned)
     for _ in range(_CONJUGATE_STEPS):
-        image = pull(weigh(spread(direction)))
+        image = pull(_weigh(outputs, spread(direction) @ hessian))
         bend = total(direction * image)
         length = torch.where(bend > 0, strength / bend, 0)
         change += length * direction

@@ -1,16 +1,15 @@
-"""Safetensors folders, tensor by tensor: read one without holding a file, write one whose tensors arrive late.
+"""Safetensors folders read tensor by tensor, without holding a file; writing them is shard_writer.py.
 
-The reader never trusts a header: names stay inside the folder, sizes must add up before anything is allocated. The
-writer lays out every shard beforehand, so disk space is taken at the start and no tensor waits in memory.
+A header is never trusted: names stay inside the folder, sizes must add up before anything is allocated.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from qquant import _native
-from qquant.errors import BadModelError, DoesNotFitError
+from qquant.errors import BadModelError
+from qquant.json_files import parse_json, read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,9 +37,17 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_FOREIGN = ("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.zip")
+_OTHER_FILES = {b"PK": "a zip archive, perhaps of pickles", b"\x80": "a pickle", b"GGUF": "a GGUF file"}
+"""What a file that is called safetensors may be instead, by its first bytes."""
 PIECE = 1 << 22
 """Values checked or computed with at once: for a whole embedding that would take several times its memory."""
-_LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_LARGEST_HEADER = 32 * 2**20  # bytes, a third of the safetensors library's limit
+_MOST_MARKS = 2**21  # of JSON in a header, each some 60 bytes in memory; 120,000 tensors have as many
+_MARKS = (b"{", b"[", b",", b'"')
+_MOST_DIMENSIONS = 16
+_LONGEST_NAME = 200  # of a file; systems take 255 bytes
 _NUMBER_LIMIT = 2**60  # elements or bytes; a header that claims more is damaged, and torch counts in int64
 _CHUNK = 16 * 2**20  # bytes copied at a time
 _OWN_MAPPING_BYTES = 32 * 2**20
@@ -114,8 +122,25 @@ class CheckpointReader:
             host.prefer_large_pages(buffer.data_ptr(), buffer.nbytes)
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
-            _read_fully(stream, _bytes_of(buffer), entry)
+            _read_fully(stream, bytes_of(buffer), entry)
         return buffer.view(DTYPES[entry.spec.dtype]).reshape(entry.spec.shape)
+
+    def has_rows(self, name: str) -> bool:
+        """Whether ``rows`` of a tensor can be read."""
+        return True
+
+    def rows(self, name: str, places: Sequence[int]) -> Tensor:
+        """Some rows of a matrix, in the order asked for and in memory of their own, on the CPU."""
+        entry = self._entry(name)
+        count, *rest = entry.spec.shape
+        assert all(0 <= place < count for place in places), f"{name} has {count} rows"
+        size = entry.spec.nbytes // max(1, count)
+        buffer = torch.empty(len(places), size, dtype=torch.uint8, device="cpu")
+        with entry.file.open("rb", buffering=0) as stream:
+            for place, row in zip(places, buffer, strict=True):
+                stream.seek(entry.start + place * size)
+                _read_fully(stream, bytes_of(row), entry)
+        return buffer.view(DTYPES[entry.spec.dtype]).reshape(len(places), *rest)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor's values piece by piece, flattened: memory stays at one piece whatever the size."""
@@ -126,7 +151,7 @@ class CheckpointReader:
             left = entry.spec.nbytes
             while left:
                 buffer = torch.empty(min(left, _CHUNK), dtype=torch.uint8, device="cpu")
-                _read_fully(stream, _bytes_of(buffer), entry)
+                _read_fully(stream, bytes_of(buffer), entry)
                 left -= buffer.numel()
                 yield buffer.view(dtype)
 
@@ -134,6 +159,26 @@ class CheckpointReader:
         if name not in self.entries:
             raise BadModelError(f"tensor {name} is missing from {self.folder}; get the model again")
         return self.entries[name]
+
+
+def read_ahead(entries: Iterable[Entry]) -> None:
+    """Have the system bring tensors into its cache of files, in the background and in no memory of ours.
+
+    A hint and no more: where the system has no such call or refuses it, nothing happens.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    wanted = list(entries)
+
+    def advise() -> None:
+        for file in {entry.file for entry in wanted}:
+            with suppress(OSError), file.open("rb") as stream:
+                for entry in wanted:
+                    if entry.file == file:
+                        os.posix_fadvise(stream.fileno(), entry.start, entry.spec.nbytes, os.POSIX_FADV_WILLNEED)
+
+    # The call itself waits where more is asked for than the disk's queue takes.
+    threading.Thread(target=advise, daemon=True).start()
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -151,181 +196,92 @@ def weight_files(folder: Path) -> list[Path]:
     if index.exists():
         names = sorted(set(_weight_map(index).values()))
         for name in names:
-            _refuse_outside(folder, name)
+            if not _inside(folder, name):
+                raise BadModelError(
+                    f"an index may only name files inside the model folder, {folder} names {name[:_LONGEST_NAME]!r}"
+                )
             if not (folder / name).is_file():
                 raise BadModelError(f"the index of {folder} names {name}, which is not there; download it again")
+            if not name.endswith(".safetensors"):
+                raise BadModelError(
+                    f"weights must be safetensors, the index of {folder} names {name}; other kinds of files can run "
+                    "code when opened, convert them first in an environment you trust"
+                )
+        if len({name.casefold() for name in names}) != len(names):
+            raise BadModelError(
+                f"the index of {folder} names files that differ only in case, which some systems take for one; "
+                "rename them"
+            )
         if single.is_file() and names != [SINGLE_NAME]:
             raise BadModelError(
                 f"{folder} holds both {SINGLE_NAME} and an index of other files, and readers differ on which counts; "
                 "remove the one that does not belong"
             )
         return [folder / name for name in names]
-    if single.is_file():
-        return [single]
-    others = sorted(folder.glob("*.safetensors"))
+    others = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
+        if not _inside(folder, others[0].name):
+            raise BadModelError(
+                f"weights must lie inside the model folder, {others[0]} is a link out of it; put the file itself there"
+            )
         return others
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles and not others:
         raise BadModelError(
             f"weights must be safetensors, {folder} has pickle files ({pickles[0]}), which can run code when opened; "
             "convert them first with safetensors' own converter, in an environment you trust"
         )
+    foreign = sorted(path.name for pattern in _FOREIGN for path in folder.glob(pattern))
+    if foreign and not others:
+        raise BadModelError(f"weights must be safetensors, {folder} has {foreign[0]}; get the model in that format")
     found = [path.name for path in others] or "none"
     raise BadModelError(f"a model folder must hold {SINGLE_NAME} or {INDEX_NAME}; safetensors in {folder}: {found}")
 
 
-class ShardWriter:
-    """Writes a safetensors checkpoint whose tensors become known one after the other, in any order.
-
-    Every file is created at its final size with its header at once; ``write`` fills in one tensor's bytes.
-
-    Args:
-        folder: existing folder to write into.
-        plan: every tensor that will be written, in the order in which they are laid out.
-        max_shard_bytes: a new shard begins before one grows past this.
-
-    Raises:
-        DoesNotFitError: less disk space is free than the plan needs.
-    """
-
-    def __init__(self, folder: Path, plan: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> None:
-        """Create all shards; the disk space is taken from here on."""
-        total = sum(spec.nbytes for spec in plan.values())
-        free = shutil.disk_usage(folder).free
-        if total + 2**20 * 16 > free:
-            raise DoesNotFitError(
-                f"the checkpoint needs {total / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free at {folder}; "
-                "free some space or choose another --out"
-            )
-        self._folder = folder
-        self._pending = dict(plan)
-        self._places: dict[str, tuple[str, int]] = {}
-        shards = _split(plan, max_shard_bytes)
-        names = [SINGLE_NAME]
-        if len(shards) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file_name, tensors in zip(names, shards, strict=True):
-            self._create(file_name, {name: plan[name] for name in tensors})
-        if len(shards) > 1:
-            weight_map = {name: self._places[name][0] for name in plan}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; dtype and shape must be the planned ones."""
-        planned = self._pending[name]
-        got = TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-        assert got == planned, f"{name}: planned {planned}, got {got}"
-        self.write_chunks(name, [tensor.detach().cpu().contiguous().reshape(-1)])
-
-    def write_chunks(self, name: str, chunks: Iterator[Tensor] | Sequence[Tensor]) -> None:
-        """Write one tensor from flattened pieces."""
-        spec = self._pending.pop(name)
-        file_name, start = self._places[name]
-        written = 0
-        with (self._folder / file_name).open("r+b", buffering=0) as stream:
-            stream.seek(start)
-            for chunk in chunks:
-                data = _bytes_of(chunk)
-                while len(data):
-                    count = stream.write(data)
-                    data = data[count:]
-                    written += count
-        assert written == spec.nbytes, f"{name}: {written} bytes of {spec.nbytes}"
-
-    def close(self) -> None:
-        """Check that every planned tensor was written and force all files to disk."""
-        assert not self._pending, f"never written: {sorted(self._pending)}"
-        for file_name in {file_name for file_name, _ in self._places.values()}:
-            with (self._folder / file_name).open("rb") as stream:
-                os.fsync(stream.fileno())
-
-    def _create(self, file_name: str, tensors: Mapping[str, TensorSpec]) -> None:
-        text, starts = _header(tensors)
-        for name in tensors:
-            self._places[name] = (file_name, 8 + len(text) + starts[name])
-        offset = sum(spec.nbytes for spec in tensors.values())
-        with (self._folder / file_name).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            stream.flush()
-            if hasattr(os, "posix_fallocate") and offset:
-                os.posix_fallocate(stream.fileno(), 8 + len(text), offset)
-            else:  # macOS has no such call; the file then gets its size, but not yet its blocks
-                stream.truncate(8 + len(text) + offset)
-
-
-def written_bytes(plan: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> int:
-    """Bytes of all weight files that a ``ShardWriter`` makes of a plan, headers included."""
-    shards = ({name: plan[name] for name in names} for names in _split(plan, max_shard_bytes))
-    return sum(8 + len(_header(shard)[0]) for shard in shards) + sum(spec.nbytes for spec in plan.values())
-
-
-def _header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The JSON in front of a file's tensors, and where each begins behind it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts: dict[str, int] = {}
-    offset = 0
-    for name, spec in tensors.items():
-        starts[name] = offset
-        header[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8), starts
-
-
-def _split(plan: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, spec in plan.items():
-        if shards[-1] and size + spec.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += spec.nbytes
-    # safetensors wants wider elements first inside a file, so that every tensor is aligned to its element size.
-    return [sorted(shard, key=lambda name: -DTYPES[plan[name].dtype].itemsize) for shard in shards]
-
-
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        weight_map = read_json(index)["weight_map"]
+    except (BadModelError, KeyError) as error:
         raise BadModelError(f"{index} must be JSON with a weight_map, got {type(error).__name__}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise BadModelError(f"the weight_map of {index} must map tensor names to file names")
     return weight_map
 
 
-def _refuse_outside(folder: Path, name: str) -> None:
+def _inside(folder: Path, name: str) -> bool:
     path = PurePosixPath(name)
-    if not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name:
-        home, target = folder.resolve(), (folder / name).resolve()
-        # A hub cache keeps a model's files as links to a neighbouring folder of blobs; those are the one exception.
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-        if target.is_relative_to(home) or target.is_relative_to(blobs):
-            return
-    raise BadModelError(f"an index may only name files inside the model folder, {folder} names {name!r}")
+    if len(name) > _LONGEST_NAME or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        return False
+    home, target = folder.resolve(), (folder / name).resolve()
+    # A hub cache keeps a model's files as links to a neighbouring folder of blobs; those are the one exception.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    return target.is_relative_to(home) or target.is_relative_to(blobs)
 
 
 def _read_header(file: Path, metadata: dict[str, str]) -> dict[str, Entry]:
     """Every entry of one file, checked as the safetensors library does: nothing overlaps, nothing is left over."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise BadModelError(f"{file} must be a file, and it is a folder, a pipe or a device; get the model again")
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise BadModelError(f"{file} is not a whole safetensors file: its header does not fit its {size} bytes")
+            other = next((f" ({kind})" for begin, kind in _OTHER_FILES.items() if prefix.startswith(begin)), "")
+            raise BadModelError(
+                f"{file} is not a whole safetensors file{other}: its header does not fit its {size} bytes"
+            )
         text = stream.read(length)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        if not text.startswith(b"{"):  # as the library has it; JSON would allow white space
+            raise ValueError("it does not begin with an object")
+        if sum(map(text.count, _MARKS)) > _MOST_MARKS:
+            raise ValueError("it lists more than any model has")
+        header = parse_json(text)
+    except ValueError as error:
         raise BadModelError(f"{file} has a damaged safetensors header: {error}") from error
-    notes = header.pop("__metadata__", None) or {} if isinstance(header, dict) else None
+    notes = header.pop("__metadata__", None) if isinstance(header, dict) else ""
+    notes = {} if notes is None else notes
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise BadModelError(f"{file} has a damaged safetensors header: not an object, or metadata that is not text")
     metadata.update(notes)
@@ -352,7 +308,7 @@ def _place(file: Path, name: str, value: Any) -> tuple[int, int, TensorSpec]:
 
     try:
         dtype, shape, (start, end) = str(value["dtype"]), tuple(counts("shape")), counts("data_offsets")
-        if math.prod(n for n in shape if n) >= _NUMBER_LIMIT:
+        if len(shape) > _MOST_DIMENSIONS or math.prod(n for n in shape if n) >= _NUMBER_LIMIT:
             raise ValueError("shape is larger than any memory")
     except (KeyError, TypeError, ValueError) as error:
         raise BadModelError(f"{file} has a damaged entry for {name}: {error}") from error
@@ -361,14 +317,7 @@ def _place(file: Path, name: str, value: Any) -> tuple[int, int, TensorSpec]:
     return start, end, TensorSpec(dtype, shape)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name appears twice")
-    return content
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's bytes, shared, not copied."""
     array: Any = tensor.view(torch.uint8).numpy()
     return memoryview(array)

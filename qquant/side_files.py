@@ -16,9 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
+from qquant.chat_templates import bounded
+from qquant.code_keys import QWEN, is_code_key
 from qquant.errors import BadModelError
 from qquant.json_files import read_json, write_json
 from qquant.model_folder import QWEN_CODE, VOCABULARIES, load_tokenizer
@@ -31,13 +33,11 @@ _TOKENIZER = (
     "chat_template.*",
 )  # fmt: skip
 _OTHERS = ("generation_config.json", "LICENSE*", "NOTICE*")
-# Keys that name places on the machine that saved them, code to run, or files that are not there any more.
+# Keys that name places on the machine that saved them, or files that are not there any more.
 _DROPPED_KEYS = frozenset((
-    "_name_or_path", "name_or_path", "auto_map", "tokenizer_file", "vocab_file", "merges_file",
-    "special_tokens_map_file", "cache_dir", "custom_pipelines", "transformers_weights",
+    "_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file",
+    "cache_dir", "transformers_weights", "configuration_files", "fast_tokenizer_files",
 ))  # fmt: skip
-_QWEN = "qwen"
-"""Model type of the original Qwen (v1): vLLM's tokenizer and AutoGPTQ ask for the code beside it, and for auto_map."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def collect(source: Path, *, adapter: Path | None = None, changes: Mapping[str, 
         BadModelError: a JSON file that is none, or a file that is a link out of its folder.
     """
     original = read_json(source / "config.json")
-    qwen = original.get("model_type") == _QWEN
+    # vLLM's tokenizer and AutoGPTQ ask for the code beside an original Qwen, and for the auto_map that names it.
+    qwen = original.get("model_type") == QWEN
     files = _matching(source, _OTHERS) | _tokenizer_files(source, adapter)
     code: set[str] = set()
 
@@ -229,8 +230,9 @@ def _check_templates(templates: Any) -> None:
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         try:
             if isinstance(template, str):
-                chat_template_utils._compile_jinja_template(template)
-        except TemplateSyntaxError as error:
+                with bounded():  # Jinja computes constant parts as it compiles
+                    chat_template_utils._compile_jinja_template(template)
+        except (TemplateError, RecursionError, SyntaxError) as error:
             raise BadModelError(
                 f"the tokenizer's chat template must be Jinja, got: {one_line(error)}; correct it or remove it"
             ) from error
@@ -247,6 +249,8 @@ def _with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
             result[key] = value
     if "vocab_size" in changes:  # the first release of Qwen named the rows twice
         result.pop("padded_vocab_size", None)
+    if "intermediate_size" in changes:  # and had another name for the width of its MLP
+        result.pop("ffn_hidden_size", None)
     return result
 
 
@@ -258,4 +262,4 @@ def _without_local_keys(content: Mapping[str, Any]) -> dict[str, Any]:
             return _without_local_keys(value)
         return [clean(item) for item in value] if isinstance(value, list) else value
 
-    return {key: clean(value) for key, value in content.items() if key not in _DROPPED_KEYS}
+    return {key: clean(value) for key, value in content.items() if key not in _DROPPED_KEYS and not is_code_key(key)}

@@ -1,11 +1,13 @@
 """GPTQ mathematics: the codes of one weight matrix by what calibration found out. No model, no files, no hooks.
 
 Every method goes through ``solve``: it takes the weight, its moments and the config, and returns a ``Solution``.
-Moments are moments.py's, orders and factors factor.py's, grids affine.py's, the second look at codes refinement.py's.
+Moments are moments.py's, what depends on columns alone, and the ladder of fallbacks, columns.py's, grids affine.py's,
+the second look at codes refinement.py's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qquant.affine import dequantize, quantize, search_qparams
+from qquant.columns import Prepared, group_columns, prepare, usable
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, UsageError
-from qquant.factor import column_order, factor_rows, inverse_factor, times_inverse
+from qquant.factor import all_finite, factor_rows, times_inverse
 from qquant.moments import Moments
 from qquant.packing import in_order
 from qquant.refinement import RowRounder, balanced, refine
@@ -40,6 +43,10 @@ class Solution:
     dead_columns: int
     target: Tensor | None = None
     """[out, in], what the codes stand for as closely as they can, where that is not the original weight."""
+    fallback: str | None = None
+    """What was done instead of what was asked, and why; None: all as asked."""
+    whole_hessian: bool = True
+    """Whether the Hessian was used as it is; False after a fallback that distrusts it."""
 
     def packable(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """codes, scales, zeros, g_idx: what the file format stores."""
@@ -66,7 +73,12 @@ class Solution:
 
 
 def solve(
-    weight: Tensor, moments: Moments | Tensor | None, config: QuantizeConfig, *, block_size: int = 128
+    weight: Tensor,
+    moments: Moments | Tensor | None,
+    config: QuantizeConfig,
+    *,
+    prepared: Prepared | None = None,
+    block_size: int = 128,
 ) -> Solution:
     """Choose the codes and grids of one linear layer's weight.
 
@@ -75,6 +87,7 @@ def solve(
         moments: what calibration found out, or only [in, in] float32 or float64 E[x x^T] of the layer's inputs; read,
             never written. The solver works in its dtype. None rounds to nearest: the same call without data.
         config: bits, grid, order, damping, method. A method without data uses no moments even if there are some.
+        prepared: what ``prepare`` made of the same moments and config; None: made here, and freed as soon as possible.
         block_size: columns between two updates of the trailing matrix; affects speed, not the result.
 
     Returns:
@@ -82,14 +95,15 @@ def solve(
 
     Raises:
         UsageError: group_size does not divide the row length, or data is missing that the method needs.
-        NumericError: the weight or a moment is not finite, or no damping makes the Hessian positive definite.
+        NumericError: the weight or a moment is not finite, a diagonal of squares is below 0, or a scale does not fit
+            float16; with ``config.strict`` also a Hessian that needs a fallback, see ``columns.prepare``.
 
     Source: Frantar et al., GPTQ, arXiv:2210.17323. Each group's grid is fitted to weights that carry every update of
         earlier columns, so the result equals the one-column-at-a-time algorithm for any ``block_size``.
     """
     columns, recipe = weight.shape[1], config.recipe
     size = group_columns(columns, config.group_size)
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise NumericError("weights must be finite, got NaN or Inf; the source checkpoint is damaged")
     if not config.needs_data or moments is None:
         if config.needs_data:
@@ -103,33 +117,36 @@ def solve(
         return _round_to_nearest(weight.to(torch.float32), config, size)
 
     known = Moments(moments) if isinstance(moments, Tensor) else moments
-    hessian = known.inputs
-    diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
-        raise NumericError("a Hessian must be finite, got NaN or Inf on its diagonal")
-    if recipe.base in ("gptaq", "qep") and known.mismatch is None:
-        raise UsageError(f"{recipe.base} needs the mismatch of a linear's inputs to the original's; see Moments")
-    dead = diagonal == 0
-    order, group_of = column_order(
-        hessian, size, config.order, desc_act=config.desc_act, static_groups=config.static_groups
-    )
-    inverse, damp_percent, escalations = inverse_factor(hessian, order, dead, config.damp_percent)
-    target = corrected_target(weight.to(hessian.dtype), known, config, inverse, order)
-    feedback = mismatch_feedback(known.mismatch, inverse, order, recipe.strength) if recipe.base == "gptaq" else None
+    ready = prepare(known, config) if prepared is None else prepared
+    dead, fallback = ready.dead, ready.fallback
+    if ready.inverse is None:
+        nearest = _round_to_nearest(weight.to(torch.float32), config, size)
+        return replace(nearest, dead_columns=int(dead.sum()), fallback=fallback, whole_hessian=False)
+    known = usable(known, ready)
+    hessian, order, trusted = known.inputs, ready.order, ready.left_out is None
     outputs = None
     if recipe.output and known.outputs is not None:
         outputs = balanced(known.outputs.to(hessian.dtype))
     rounder = None if outputs is None else RowRounder(outputs, hessian.dtype)
-    codes, scales, zeros = _quantize_columns(
-        target, hessian, inverse, order, group_of, config, size, block_size, feedback, rounder
-    )
-    del inverse, feedback, rounder
+    try:
+        target = corrected_target(weight.to(hessian.dtype), known, config, ready.inverse, order)
+        codes, scales, zeros = _quantize_columns(target, hessian, ready, config, size, block_size, rounder)
+    except NumericError as error:
+        _round_to_nearest(weight.to(torch.float32), config, size)  # says so where the weights themselves are at fault
+        raise NumericError(
+            f"what makes up for other errors must stay within bounds, but {str(error).partition(';')[0]}; calibrate "
+            "with more data, give a larger --damp-percent, or choose another method, such as gptq or rtn"
+        ) from error
     g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)
-    g_idx[order] = group_of.to(torch.int32)
+    g_idx[order] = ready.group_of.to(torch.int32)
+    damp_percent, escalations = ready.damp_percent, ready.escalations
+    del ready, rounder
     if recipe.refine:
         codes, scales = _refined(target, codes, scales, zeros, g_idx, hessian, outputs, config, dead, damp_percent)
     corrected = target if recipe.base == "qep" or recipe.residual else None
-    return Solution(codes, scales, zeros, g_idx, damp_percent, escalations, int(dead.sum()), corrected)
+    return Solution(
+        codes, scales, zeros, g_idx, damp_percent, escalations, int(dead.sum()), corrected, fallback, trusted
+    )
 
 
 def corrected_target(
@@ -150,6 +167,9 @@ def corrected_target(
 
     Returns:
         [out, in].
+
+    Raises:
+        NumericError: they are not finite.
     """
     recipe, change = config.recipe, None
     if recipe.base == "qep" and moments.mismatch is not None:
@@ -157,64 +177,63 @@ def corrected_target(
     if recipe.residual and moments.residual is not None:
         missing = moments.residual * recipe.residual
         change = missing if change is None else change.add_(missing)
-    return weight if change is None else weight + times_inverse(change, inverse, order)
-
-
-def mismatch_feedback(mismatch: Tensor | None, inverse: Tensor, order: Tensor, strength: float) -> Tensor | None:
-    """GPTAQ's second feedback: P[q, k] is how far weight k moves per unit of weight q, for k behind q in the order.
-
-    Row q is E[(x_original - x)_q x_k^T] times the inverse of the Hessian of the columns behind q; with the factor U of
-    all columns that is strictly_upper(M U^T) U.
-
-    Args:
-        mismatch: [in, in], E[(x_original - x) x^T], in original places.
-        inverse: from ``inverse_factor``, in ``order``.
-        order: [in] visiting order.
-        strength: factor on it.
-
-    Returns:
-        [in, in] in visiting order, strictly upper triangular.
-
-    Source: Li et al., GPTAQ, arXiv:2504.02692.
-    """
-    assert mismatch is not None
-    factor = factor_rows(inverse, 0, inverse.shape[0])
-    return ((mismatch[order][:, order] @ factor.T).triu(1) @ factor).mul_(strength)
-
-
-def group_columns(columns: int, group_size: int) -> int:
-    """Columns per group; raises UsageError that lists the divisors if ``group_size`` does not divide the row."""
-    size = columns if group_size == -1 else group_size
-    if columns % size:
-        divisors = [d for d in range(8, columns + 1) if columns % d == 0]
-        raise UsageError(
-            f"group_size must divide the row length: {group_size} does not divide {columns}; "
-            f"usable: -1 (whole row) or one of {divisors}"
-        )
-    return size
+    if change is None:
+        return weight
+    target = times_inverse(change, inverse, order).add_(weight)
+    if not all_finite(target):
+        raise NumericError("weights corrected for earlier errors must be finite, got NaN or Inf")
+    return target
 
 
 def relative_error(weight: Tensor, solution: Solution, hessian: Tensor | None) -> float:
     """trace(D H D^T) / trace(W H W^T) with D = quantized - W: the share of the layer's output energy that is error.
 
-    Measured over about 64 evenly spaced rows. Without a Hessian all inputs count alike.
+    Measured over about 64 evenly spaced rows.
 
     Args:
         weight: [out, in], the original. Read, never written.
         solution: of this weight.
         hessian: [in, in] or None.
     """
-    rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // _ERROR_ROWS), device=weight.device)
+    return error_share(*error_energies(weight, solution, hessian, error_rows(weight.shape[0])))
+
+
+def error_rows(height: int) -> range:
+    """The rows of a linear with so many outputs that its reported error is measured on."""
+    return range(0, height, max(1, height // _ERROR_ROWS))
+
+
+def error_share(error: float, whole: float) -> float:
+    """The relative error by the energies of the error and of the weight."""
+    return max(0.0, error / whole) if whole > 0 else 0.0
+
+
+def error_energies(
+    weight: Tensor, solution: Solution, hessian: Tensor | None, chosen: Sequence[int]
+) -> tuple[float, float]:
+    """trace(D H D^T) and trace(W H W^T) of ``relative_error``, over the chosen rows alone.
+
+    Without a Hessian, or after a fallback that distrusts it, all inputs count alike; where damping had to be raised,
+    H is the damped one, which has no energy below 0.
+    """
+    hessian = hessian if solution.whole_hessian else None
+    damp = 0.0
+    if hessian is not None and solution.damp_escalations:
+        damp = solution.damp_percent * float(hessian.diagonal().mean())
+    rows = torch.tensor(list(chosen), dtype=torch.int64, device=weight.device)
     dtype = torch.float32 if hessian is None else hessian.dtype
     exact, groups = weight[rows].to(dtype), solution.g_idx.long()
     scales, zeros = solution.scales[rows][:, groups].to(dtype), solution.zeros[rows][:, groups].to(dtype)
     error = dequantize(solution.codes[rows].to(dtype), scales, zeros) - exact
 
     def energy(matrix: Tensor) -> float:
-        return float(((matrix if hessian is None else matrix @ hessian) * matrix).sum())
+        weighted = matrix if hessian is None else matrix @ hessian
+        if damp:
+            weighted = weighted + damp * matrix
+        found = float((weighted * matrix).sum())
+        return found if math.isfinite(found) else float((weighted.double() * matrix).sum())
 
-    whole = energy(exact)
-    return energy(error) / whole if whole > 0 else 0.0
+    return energy(error), energy(exact)
 
 
 def _fit(
@@ -236,17 +255,16 @@ def _fit(
 def _quantize_columns(
     weight: Tensor,
     hessian: Tensor,
-    inverse: Tensor,
-    order: Tensor,
-    group_of: Tensor,
+    ready: Prepared,
     config: QuantizeConfig,
     size: int,
     block_size: int,
-    feedback: Tensor | None,
     rounder: RowRounder | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The column loop: returns codes [out, in] in original places, scales and zeros [out, groups] float32."""
     rows, columns = weight.shape
+    inverse, order, feedback = ready.inverse, ready.order, ready.feedback
+    assert inverse is not None
     grids = [(hessian.new_empty(0), hessian.new_empty(0))] * (columns // size)
     if config.static_groups:
         members = torch.arange(columns, device=weight.device).split(size)
@@ -257,7 +275,7 @@ def _quantize_columns(
     # [in, out]: a column of the weight is contiguous here
     work = weight.T.index_select(0, order).to(hessian.dtype)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    groups, places, top = group_of.tolist(), order.tolist(), 2**config.bits - 1
+    groups, places, top = ready.group_of.tolist(), order.tolist(), 2**config.bits - 1
     inverse_pivots = inverse.diagonal().flip(0).reciprocal().tolist()
     for start in range(0, columns, step):
         end = min(start + step, columns)
@@ -284,6 +302,8 @@ def _quantize_columns(
                 block[j + 1 :].addr_(feedback[position, position + 1 : end], met[j])
             if position + 1 < end:
                 block[j + 1 :].addr_(factor[j, j + 1 : end - start], error, alpha=-1)
+        if not all_finite(errors):
+            raise NumericError("weights must stay finite while columns are rounded, got NaN or Inf")
         if end < columns:
             work[end:].addmm_(factor[:, end - start :].T, errors, alpha=-1)
             if feedback is not None and met is not None:
@@ -308,12 +328,15 @@ def _refined(
     # Columns of a group side by side, whatever order had grouped them.
     places = torch.argsort(g_idx, stable=True)
     mean = hessian.diagonal()[~dead].mean() if not bool(dead.all()) else hessian.new_ones(())
-    grouped = hessian[places][:, places]
+    if torch.equal(places, torch.arange(len(places), device=places.device)):  # as they lie: no second weight
+        grouped, sorted_target, sorted_codes = hessian.clone(), target, codes
+    else:
+        grouped, sorted_target, sorted_codes = hessian[places][:, places], target[:, places], codes[:, places]
     # Columns without input have no error to lose: nothing in refine moves where the diagonal is 0.
     grouped.diagonal().add_(torch.where(dead[places], 0, damp_percent * mean))
     found, scales = refine(
-        target[:, places],
-        codes[:, places],
+        sorted_target,
+        sorted_codes,
         scales,
         zeros,
         hessian=grouped,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from qquant.errors import BadModelError, UsageError
 from qquant.merging import MergedReader
 from qquant.model_folder import read_config, skeleton
 from qquant.models.layouts import Layout, block_list, find_layout
-from qquant.shards import DTYPES, CheckpointReader, all_finite
+from qquant.shards import DTYPES, CheckpointReader, Entry, TensorSpec, all_finite, read_ahead
 
 _log = logging.getLogger("qquant")
 
@@ -63,6 +63,29 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
+class TensorReader(Protocol):
+    """What a model's tensors are read through: its files, or what makes others of them on the way."""
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor by name."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in memory of its own, on the CPU."""
+
+    def has_rows(self, name: str) -> bool:
+        """Whether ``rows`` of a tensor can be read."""
+
+    def rows(self, name: str, places: Sequence[int]) -> Tensor:
+        """Some rows of a matrix, in the order asked for, in memory of their own, on the CPU."""
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The same piece by piece, flattened."""
+
+
 class LoadedModel:
     """A model whose weights are all in memory; blocks are already there and stay.
 
@@ -82,9 +105,21 @@ class LoadedModel:
     def release(self, index: int) -> None:
         """Nothing to take away."""
 
+    def prefetch(self, index: int) -> None:
+        """Nothing to bring nearer."""
+
+    def load_outside(self, *, with_head: bool) -> None:
+        """Everything is there."""
+
+    def release_outside(self) -> None:
+        """Nothing to take away."""
+
 
 class StreamedModel:
     """A model folder read block by block: only the skeleton, the current block and what stands outside blocks is held.
+
+    Even of that the embedding stays on disk: each call of it reads the rows that its ids name. It is read whole where
+    it is the output projection too and that is wanted, or where an adapter changes it.
 
     Args:
         folder: model folder with safetensors weights.
@@ -94,7 +129,7 @@ class StreamedModel:
         adapter: folder of a peft LoRA adapter that is merged into every tensor as it is read; None: the model as it is.
 
     Attributes:
-        config_changes: keys of config.json that the adapter changes, with their new values.
+        config_changes: keys of config.json that the adapter or ``become`` changed, with their new values.
 
     Raises:
         BadModelError: tensors are missing, unknown or of another shape than the configuration says, or the adapter is
@@ -113,7 +148,7 @@ class StreamedModel:
         """Build the skeleton on the meta device and check every name and shape against the files' headers."""
         self.folder, self.device = folder, torch.device(device)
         self.config = read_config(folder)
-        self.reader: CheckpointReader | MergedReader = CheckpointReader(folder)
+        self.reader: TensorReader = CheckpointReader(folder)
         declared = getattr(self.config, "quantization_config", None) is not None
         if prepare is None and (declared or any(name.endswith(".qweight") for name in self.reader.entries)):
             raise BadModelError(f"{folder} is quantized already; start from the original checkpoint")
@@ -145,12 +180,23 @@ class StreamedModel:
         """Put block ``index`` back onto the meta device."""
         block_list(self.model, self.layout)[index].to("meta")
 
+    def prefetch(self, index: int) -> None:
+        """Have the files of block ``index`` read ahead, in the background; nothing if there is no such block."""
+        if 0 <= index < len(block_list(self.model, self.layout)):
+            prefix = f"{self.layout.blocks}.{index}."
+            read_ahead(entry for name, entry in self.reader.entries.items() if name.startswith(prefix))
+
     def load_outside(self, *, with_head: bool) -> None:
         """Read what stands outside the blocks; the output projection only if it is wanted."""
         prefix = self.layout.blocks + "."
         heads = {"lm_head.weight", "lm_head.bias"} if not with_head else set()
+        looked_up = None if self.tied and with_head else self._looked_up()
         for name, tensor in _tensors(self.model).items():
-            if not name.startswith(prefix) and tensor.is_meta and name not in heads and name not in self.tied:
+            if name.startswith(prefix) or not tensor.is_meta or name in heads or name in self.tied:
+                continue
+            if name == looked_up:
+                self._look_up(name)
+            else:
                 _put(self.model, name, self._read(name, tensor))
         if self.tied and with_head:
             self.model.tie_weights()  # type: ignore[operator]
@@ -161,6 +207,35 @@ class StreamedModel:
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(prefix):
                 _put(self.model, name, parameter.to("meta"))
+                vars(self.model.get_submodule(name.rpartition(".")[0])).pop("forward", None)  # of ``_look_up``
+
+    def _looked_up(self) -> str | None:
+        """The name of the embedding's matrix if its rows can be read one by one."""
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        for name, module in self.model.named_modules():
+            if module is embedding and isinstance(module, nn.Embedding):
+                return f"{name}.weight" if self.reader.has_rows(f"{name}.weight") else None
+        return None
+
+    def _look_up(self, name: str) -> None:
+        """Let an embedding whose matrix is on the meta device read the rows that it is asked for."""
+        module = self.model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(module, nn.Embedding)
+        forward, weight, padding = type(module).forward, module.weight, module.padding_idx
+
+        def look_up(ids: Tensor) -> Tensor:
+            if not module.weight.is_meta:
+                return forward(module, ids)
+            named, places = ids.unique(return_inverse=True)
+            rows = self._computed(name, self.reader.rows(name, named.tolist()), weight)
+            # What else the module does with its rows, such as scaling them, it does itself.
+            module.weight, module.padding_idx = nn.Parameter(rows, requires_grad=False), None
+            try:
+                return forward(module, places)
+            finally:
+                module.weight, module.padding_idx = weight, padding
+
+        module.__dict__["forward"] = look_up  # in front of the class's
 
     def finite_chunks(self, name: str) -> Iterator[Tensor]:
         """A stored tensor piece by piece; raises BadModelError at a value that is not finite."""
@@ -172,6 +247,19 @@ class StreamedModel:
     def stored_names(self) -> list[str]:
         """The tensors of the model in its own order, without tied copies."""
         return [name for name in _tensors(self.model) if name not in self.tied]
+
+    def become(self, reader: TensorReader, changes: Mapping[str, Any]) -> None:
+        """Become a model of other sizes.
+
+        Args:
+            reader: gives the tensors with their new shapes.
+            changes: keys of config.json with the values that say so.
+        """
+        self.reader = reader
+        for key, value in changes.items():
+            self.config_changes[key] = value
+            setattr(self.config.get_text_config(), key, value)
+        self.model = skeleton(self.config, self.folder, self.dtype)
 
     def _merge(self, adapter: Adapter) -> None:
         """Become the fine-tuned model: its configuration, its skeleton, its tensors."""
@@ -200,7 +288,10 @@ class StreamedModel:
             _put(module, name, self._read(prefix + name, tensor))
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        tensor = self.reader.read(name)
+        return self._computed(name, self.reader.read(name), like)
+
+    def _computed(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        """What was read of a tensor, checked, in the dtype and on the device in which it is computed with."""
         if tensor.is_floating_point():
             if not all_finite(tensor):
                 raise BadModelError(f"weights must be finite, {name} in {self.folder} holds NaN or Inf")

@@ -1,4 +1,4 @@
-"""The shapes of a model, the bytes that its weights and KV cache are stored in, and over how many cards they divide.
+"""The shapes of a model, and the bytes that its weights and KV cache are stored in.
 
 Plain arithmetic, exact to the byte: it must give what packed_weight.py, kv_store.py and a checkpoint really hold. What
 a run takes beyond that is footprint.py's; shapes.py reads shapes off a model.
@@ -171,41 +171,6 @@ def layer_bytes(
     # Int8Layer.key_offset: the keys' mean in float32.
     offset = 4 * batch * layer.heads * layer.key_dim
     return vectors * (layer.key_dim + _RANGE_BYTES) + offset, vectors * values
-
-
-def uncut(shapes: ModelShapes, precision: Precision, *, group_size: int, ranks: int) -> str | None:
-    """The first thing of a model that cannot be cut over so many cards; None if all can.
-
-    Key and value heads that are fewer than the cards may lie on several of them, a whole number of times.
-    """
-    if shapes.query_heads % ranks:
-        return f"{shapes.query_heads} query heads by {ranks}"
-    for heads in sorted({layer.heads for layer in shapes.caches}):
-        if heads % ranks and ranks % heads:
-            return f"{heads} key and value heads by {ranks}"
-    reasons = (_uncut_linear(linear, precision, group_size, ranks) for linear in shapes.linears)
-    return next((found for found in reasons if found), None)
-
-
-def _uncut_linear(linear: LinearShape, precision: Precision, group_size: int, ranks: int) -> str | None:
-    """Why a matrix cannot be cut: tails along their inputs, in whole groups; others along their outputs."""
-    if ranks == 1:
-        return None
-    if precision not in BITS:
-        side, what = (linear.inputs, "inputs") if linear.tail else (linear.outputs, "outputs")
-        return f"{linear.name}: {side} {what} by {ranks}" if side % ranks else None
-    if linear.tail:
-        groups = 1 if group_size == -1 else linear.inputs // group_size
-        size = linear.inputs if group_size == -1 else group_size
-        if groups % ranks and groups > 1:
-            return f"{linear.name}: {linear.inputs} / {size} = {groups} groups by {ranks}"
-        if linear.inputs % ranks or linear.inputs // ranks * BITS[precision] % 32:
-            return f"{linear.name}: {linear.inputs} inputs in whole words by {ranks}"
-        return None
-    # Zeros are packed along the outputs, so a cut must not divide a word.
-    if linear.outputs % ranks or linear.outputs // ranks * BITS[precision] % 32:
-        return f"{linear.name}: {linear.outputs} outputs in whole words by {ranks}"
-    return None
 
 
 def refuse_uneven_groups(shapes: ModelShapes, group_size: int) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qquant.errors import BadDataError
+from qquant.chat_templates import apply_template
+from qquant.errors import BadDataError, BadModelError
 from qquant.models.qwen.vocabulary import DEFAULT_SYSTEM
 from qquant.text_sources import Document, Kind, as_messages, as_text, blocks, one_line
 from qquant.tokenizer_check import Tokenizer
@@ -170,7 +171,9 @@ class Coder:
 
     def _applied(self, messages: Any, where: str, **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(messages, **options)
+            return apply_template(self._tokenizer, messages, **options)
+        except BadModelError:
+            raise
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             raise BadDataError(
                 f"{where}: the chat template refuses the messages: {one_line(error)}; change or drop them"

@@ -22,8 +22,8 @@ import qquant
 from qquant.adapter import WEIGHTS_NAME, Adapter
 from qquant.adapter_settings import CONFIG_NAME
 from qquant.calibrate import samples_from_ids
-from qquant.checkpoint import sha256
 from qquant.config import QuantizeConfig
+from qquant.identity import sha256
 from qquant.quantizing import quantize_checkpoint
 from qquant.sources import StreamedModel
 from tests.adapters import RANK, edited, merged, run, saved, streamed, trained

@@ -52,7 +52,7 @@ FAULTS: dict[str, tuple[Change, dict[str, Any], str]] = {
     "begun on changed weights": (dict, {"init_lora_weights": "pissa_niter_4"}, "may stand on changed"),
     "rank that is text": (dict, {"r": "4"}, "a rank must be"),
     "rank zero": (dict, {"r": 0}, "a rank must be"),
-    "alpha not finite": (dict, {"lora_alpha": math.inf}, "an alpha must be"),
+    "alpha not finite": (dict, {"lora_alpha": math.inf}, "'lora_alpha' must be a number that JSON has"),
     "alpha larger than any float": (dict, {"lora_alpha": 10**400}, "an alpha must be"),
     "rank larger than any float": (dict, {"r": 10**400}, "a rank must be"),
     "scale by a word": (dict, {"use_rslora": "no"}, "use_rslora must be true or false, got 'no'"),

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 from qquant.calibrate import samples_from_ids
 from qquant.cli import app
 from qquant.config import ModuleRecord, QuantizeConfig
+from qquant.errors import StoppedError
 from qquant.quantizing import quantize_checkpoint
 from qquant.shards import INDEX_NAME, SINGLE_NAME
 from tests.conftest import Factory, make_checkpoint
@@ -303,12 +304,12 @@ def test_debug_shows_where_it_happened(place: Path) -> None:
     assert result.stderr.splitlines()[-1].startswith(f"error: tensor {UP}")
 
 
-def test_an_interruption_leaves_nothing(place: Path) -> None:
+def test_an_interruption_leaves_only_what_is_finished(place: Path) -> None:
     def interrupt(record: ModuleRecord) -> None:
         raise KeyboardInterrupt
 
     before = everything(place)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError, match="the same command goes on"):
         quantize_checkpoint(
             place / "m",
             samples_from_ids([list(range(20))]),
@@ -316,28 +317,35 @@ def test_an_interruption_leaves_nothing(place: Path) -> None:
             place / "deep" / "out",
             on_module=interrupt,
         )
+    assert [path.name for path in (place / "deep").iterdir()] == ["out.unfinished"]
+    shutil.rmtree(place / "deep")
     assert everything(place) == before
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(place: Path) -> None:
+def test_ctrl_c_ends_with_75_and_the_same_command_goes_on(place: Path) -> None:
     """A real process and a real signal, sent while it writes."""
     shutil.rmtree(place / "m")
     make_checkpoint(place / "m", "qwen2", num_hidden_layers=48)  # seconds of writing, so that the signal meets it
     words = ["--model", str(place / "m"), "--out", str(place / "out"), "--method", "rtn", "--group-size", "32"]
+    command = [sys.executable, "-m", "qquant.gptq", *words, "--device", "cpu"]
+    journal = place / "out.unfinished" / "journal.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "qquant.gptq", *words, "--device", "cpu"],
+        command,
         stderr=subprocess.PIPE,
         text=True,
         # A shell starts background jobs with SIGINT ignored, and Python would leave it so.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        while process.poll() is None and not list(place.glob(".out.partial-*")):
+        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
             time.sleep(0.002)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "error: interrupted"
-    assert {path.name for path in place.iterdir()} == {"m", "d.txt"}
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1].startswith("error: stopped; what is finished is saved in")
+    assert {path.name for path in place.iterdir()} == {"m", "d.txt", "out.unfinished"}
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert {path.name for path in place.iterdir()} == {"m", "d.txt", "out"}

@@ -53,6 +53,11 @@ ENDINGS: dict[str, tuple[BaseException, int, str]] = {
     "without a message": (QquantError(), 1, "error: QquantError\n"),
     "disk full": (OSError(errno.ENOSPC, "No space left", "o"), 7, "error: [Errno 28] No space left: 'o'\n"),
     "out of memory": (MemoryError(), 3, "error: out of memory\n"),
+    "out of memory in torch": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        3,
+        "error: out of memory: DefaultCPUAllocator: can't allocate memory\n",
+    ),
     "interrupted": (KeyboardInterrupt(), 130, "error: interrupted\n"),
 }
 

@@ -362,6 +362,8 @@ def test_an_adapter_around_a_linear_counts_and_may_be_taken_off(name: str) -> No
 
 @pytest.mark.parametrize("kernel", ["reference", "torch"])
 def test_linears_of_other_kernels_have_no_step(ready: Any, kernel: str) -> None:
+    if kernel == "torch" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("torch's int4 kernel is chosen on AVX-512 only")
     model = copy.deepcopy(ready)
     for module in model.modules():
         if isinstance(module, QuantLinear):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qquant
+from qquant import stage_solver
 from qquant import walk as walk_room
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.capture import capture, head
@@ -92,10 +93,18 @@ def watched_walk(
 ) -> list[Call]:
     """Walk, and note for each call of the solver its moments and the solutions that came of it."""
     calls: list[Call] = []
+    rows_left: list[int] = []
 
     def noted(weight: Tensor, moments: Moments, chosen: QuantizeConfig, **options: Any) -> Solution:
         calls.append((moments, []))
+        rows_left.append(weight.shape[0])
         return solve(weight, moments, chosen, **options)
+
+    def emit(name: str, layer: nn.Linear, solution: Solution, _: QuantizeConfig) -> None:
+        """Linears come in the order in which the solver's matrices were stacked."""
+        place = next(n for n, left in enumerate(rows_left) if left)
+        rows_left[place] -= layer.out_features
+        calls[place][1].append((name, solution))
 
     source = LoadedModel(model)
     if by_structure:
@@ -103,10 +112,8 @@ def watched_walk(
     stream = capture(source, samples, "cpu")
     outputs = output_moments(source, stream, "cpu") if config.recipe.output else {}
     with monkeypatch.context() as patch:
-        patch.setattr(walk_room, "solve", noted)
-        walk = walk_room.Walk(
-            source, config, lambda name, layer, solution, _: calls[-1][1].append((name, solution)), outputs=outputs
-        )
+        patch.setattr(stage_solver, "solve", noted)
+        walk = walk_room.Walk(source, config, emit, outputs=outputs)
         walk.run(stream)
     assert not walk._originals, "a second copy of the weights is held"
     for moments, solved in calls:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qquant.columns import mismatch_feedback
 from qquant.errors import NumericError
 from qquant.factor import column_order, factor_rows, inverse_factor, smallest_pivot_last, times_inverse
 from qquant.methods import Order
-from qquant.solver import mismatch_feedback
 from tests.method_reference import make_layer
 from tests.reference import damped_hessian, pivot_ranks, visiting_order
 
@@ -115,3 +115,22 @@ def test_what_is_not_positive_definite_is_seen_wherever_it_stands(bad: float, pl
     hessian[place, place] = bad
     with pytest.raises(NumericError, match="positive definite"):
         inverse_factor(hessian, torch.arange(300), torch.zeros(300, dtype=torch.bool), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_pivot_below_half_the_damping_is_not_trusted(dtype: torch.dtype) -> None:
+    """Cholesky goes through with it, but no positive semidefinite matrix has one."""
+    hessian, order, dead = torch.eye(8, dtype=dtype), torch.arange(8), torch.zeros(8, dtype=torch.bool)
+    mean = 7 / 8
+    hessian[3, 3] = -0.004 * mean
+    assert inverse_factor(hessian, order, dead, 0.01)[2] == 0
+    hessian[3, 3] = -0.006 * mean
+    assert inverse_factor(hessian, order, dead, 0.01)[1:] == (0.1, 1)
+
+
+def test_damping_is_raised_no_more_often_than_asked() -> None:
+    hessian, order, dead = torch.eye(8), torch.arange(8), torch.zeros(8, dtype=torch.bool)
+    hessian[3, 3] = -0.3
+    assert inverse_factor(hessian, order, dead, 0.01)[2] == 2
+    with pytest.raises(NumericError, match=r"failed up to damp_percent 0\.1;"):
+        inverse_factor(hessian, order, dead, 0.01, raises=1)

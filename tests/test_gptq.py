@@ -19,7 +19,8 @@ from qquant.checkpoint import load_model
 from qquant.cli import app
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import BadModelError, NumericError, UsageError
-from qquant.shards import SINGLE_NAME, ShardWriter
+from qquant.shard_writer import ShardWriter
+from qquant.shards import SINGLE_NAME
 from tests.conftest import CORPUS, VOCAB, Factory
 
 

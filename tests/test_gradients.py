@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from qquant import gradients, refinement, telling
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.capture import Stream, capture
 from qquant.config import QuantizeConfig
-from qquant.errors import NumericError, UsageError
+from qquant.errors import NumericError, StoppedError, UsageError
 from qquant.gradients import output_moments
 from qquant.models.layouts import block_list, linears
 from qquant.models.qwen.modeling import QWenLMHeadModel
+from qquant.publish import REPORT_FOLDER
 from qquant.sources import LoadedModel, StreamedModel
+from qquant.unfinished import Run, UnfinishedRun, going_on
 from tests.conftest import VOCAB, Factory
 from tests.make_qwen_v1 import make_qwen_v1
 
@@ -42,7 +46,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def moments_of(model: Any, samples: list[Sample], **options: Any) -> dict[str, Tensor]:
+def moments_of(model: Any, samples: list[Sample], **options: Any) -> Mapping[str, Tensor]:
     source = LoadedModel(model)
     return output_moments(source, capture(source, samples, "cpu"), "cpu", **options)
 
@@ -55,15 +59,18 @@ def watched(source: LoadedModel) -> dict[str, nn.Linear]:
     }
 
 
-def autograd_gradients(model: Any, samples: list[Sample], seed: int = 0) -> dict[str, Tensor]:
+def autograd_gradients(
+    model: Any, samples: list[Sample], seed: int = 0, chosen: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """Gradients [tokens, out] of -log p(label) with respect to each linear's output, by one backward pass a sample.
 
-    Labels are drawn as in the room under test: from one generator, so many tokens at a time.
+    Of the samples ``chosen``, or of all.
+    Labels are drawn as in the room under test: from a generator for each sample, so many tokens at a time.
     """
-    generator = torch.Generator().manual_seed(seed)
     layers = watched(LoadedModel(model))
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for sample in samples:
+    for number in range(len(samples)) if chosen is None else chosen:
+        sample, generator = samples[number], gradients.label_generator(seed, number)
         outputs: dict[str, Tensor] = {}
         hooks = [
             layer.register_forward_hook(lambda _, __, output, name=name, seen=outputs: seen.__setitem__(name, output))
@@ -83,7 +90,7 @@ def autograd_gradients(model: Any, samples: list[Sample], seed: int = 0) -> dict
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def assert_moments_of(found: dict[str, Tensor], slopes: dict[str, Tensor]) -> None:
+def assert_moments_of(found: Mapping[str, Tensor], slopes: dict[str, Tensor]) -> None:
     """Sums in float32 are off by eps for every token, and logits are float32 on both sides."""
     assert found.keys() == slopes.keys()
     for name, slope in slopes.items():
@@ -146,7 +153,8 @@ def test_moments_do_not_depend_on_how_tokens_come_in(tiny_qwen2: Path, monkeypat
 def test_about_so_many_tokens_are_used_in_samples_spread_evenly(tiny_qwen2: Path) -> None:
     model, samples = load(tiny_qwen2), some_samples(*[10] * 9)
     some = moments_of(model, samples, tokens=30)
-    assert_moments_of(some, autograd_gradients(model, [samples[i] for i in (0, 3, 6)]))
+    # Three of nine, each by one further on in its third, so that they do not all fall to one rank.
+    assert_moments_of(some, autograd_gradients(model, samples, chosen=(0, 4, 8)))
     assert_moments_of(moments_of(model, samples, tokens=1), autograd_gradients(model, samples[:1]))
 
 
@@ -192,6 +200,60 @@ def test_model_and_samples_are_left_as_they_were(tiny_qwen2: Path) -> None:
         assert parameter.grad is None
 
 
+@contextmanager
+def stopped_after(pieces: int, out: Path) -> Iterator[UnfinishedRun]:
+    """A run into ``out``, new or cut off before, that stops when so many pieces more are finished."""
+    with suppress(StoppedError), going_on(out, REPORT_FOLDER, {}, overwrite=False) as run:
+        finish = run.finish
+
+        def count(key: str, piece: Any) -> None:
+            nonlocal pieces
+            pieces -= 1
+            run.stop_asked = pieces <= 0
+            finish(key, piece)
+
+        run.finish = count  # type: ignore[method-assign]
+        yield run
+
+
+def streamed_moments(folder: Path, samples: list[Sample], run: Run | None) -> Mapping[str, Tensor]:
+    source = StreamedModel(folder, dtype=torch.float32)
+    source.load_outside(with_head=False)
+    stream = capture(source, samples, "cpu")
+    source.release_outside()
+    return dict(output_moments(source, stream, "cpu", run=run))
+
+
+def test_cut_off_after_any_piece_it_goes_on_to_the_same_moments(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Two blocks: two pieces forwards, one at the turn, two backwards."""
+    samples = some_samples(24, 9, 17)
+    whole = streamed_moments(tiny_qwen2, samples, None)
+    for pieces in (1, 2, 3, 4, 5):
+        out = tmp_path / str(pieces)
+        with stopped_after(pieces, out) as run:
+            streamed_moments(tiny_qwen2, samples, run)
+        with stopped_after(100, out) as run:
+            assert len(list(run.items())) == pieces
+            found = streamed_moments(tiny_qwen2, samples, run)
+            assert len(list(run.items())) == 5
+            assert {path.name for path in run.folder.glob("gradients-*")} == {
+                "gradients-outputs-0",
+                "gradients-outputs-1",
+            }
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole), pieces
+
+
+def test_what_is_finished_is_not_computed_again(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stopped_after(5, tmp_path / "out") as run:
+        streamed_moments(tiny_qwen2, some_samples(20), run)
+    monkeypatch.setattr(StreamedModel, "load", lambda self, index: pytest.fail("a block was loaded"))
+    with stopped_after(100, tmp_path / "out") as run:
+        assert len(streamed_moments(tiny_qwen2, some_samples(20), run)) == 14
+
+
 def test_gradients_that_are_not_finite_are_one_clear_error(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny_qwen2, torch.float32)
     model.lm_head.weight.data.fill_(1e38)
@@ -206,7 +268,7 @@ def test_gradients_that_are_not_finite_are_one_clear_error(tiny_qwen2: Path, mon
 def test_outputs_that_no_block_divides_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     telling.said.clear()
     for outputs in (514, 514, 12, 688):
-        gradients._Blocks(nn.Linear(2, outputs))
+        gradients._moment_of(nn.Linear(2, outputs))
     assert caplog.text.count("for 514 outputs is 2: `output` gains little there") == 1
     assert "for 12 outputs" not in caplog.text
     assert "for 688 outputs" not in caplog.text

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qquant import kv_attention, kv_ops, plain_attention, telling
 from qquant.kv_cache_quant import Int8KVCache
+from tests.processor import needs_attention
 
 PROMPT = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 NEXT = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -268,6 +269,7 @@ def test_models_with_ways_of_their_own_stay_right(config: Any) -> None:
     assert (steps[0] - steps[1]).square().mean().sqrt() < 0.02 * steps[0].std()
 
 
+@needs_attention
 def test_one_token_over_a_bfloat16_cache_takes_the_kernel(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

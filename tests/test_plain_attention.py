@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qquant import plain_attention as room
 from qquant.plain_attention import attend, decode_attention, serves
+from tests.processor import needs_attention
 
 # batch, query heads, KV heads, size of keys, size of values, tokens
 SHAPES = {
@@ -59,6 +60,7 @@ def assert_close_to_float64(found: Tensor, query: Tensor, key: Tensor, value: Te
     assert ((found.double() - expected).abs() <= bound).all()
 
 
+@needs_attention
 @pytest.mark.parametrize("masked", ["no_mask", "one_for_all_heads", "one_per_head", "one_per_sequence"])
 def test_the_operator_is_as_exact_as_float32(states: tuple[Tensor, Tensor, Tensor], masked: str) -> None:
     query, key, value = states
@@ -72,6 +74,7 @@ def test_the_operator_is_as_exact_as_float32(states: tuple[Tensor, Tensor, Tenso
     assert_close_to_float64(found, query, key, value, mask)
 
 
+@needs_attention
 def test_a_view_into_longer_storage_is_read_as_it_lies() -> None:
     room_for = torch.randn(2, 2, 50, 64).bfloat16()
     query = torch.randn(2, 4, 1, 64).bfloat16()
@@ -80,6 +83,7 @@ def test_a_view_into_longer_storage_is_read_as_it_lies() -> None:
     assert torch.equal(found, decode_attention(query, key.contiguous(), value.contiguous(), None, 0.125))
 
 
+@needs_attention
 def test_a_sequence_is_computed_alike_alone_and_among_others() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(5, 2, n, 64, generator=generator).bfloat16() for n in (1, 700, 700))
@@ -88,6 +92,7 @@ def test_a_sequence_is_computed_alike_alone_and_among_others() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+@needs_attention
 def test_a_query_that_sees_nothing_gives_zeros() -> None:
     query, key = torch.randn(2, 2, 1, 16).bfloat16(), torch.randn(2, 2, 5, 16).bfloat16()
     mask = torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, 1, 5)
@@ -96,6 +101,7 @@ def test_a_query_that_sees_nothing_gives_zeros() -> None:
     assert (found[1] == 0).all()
 
 
+@needs_attention
 @pytest.mark.parametrize("size", [1e4, 1e18, 1e38], ids=str)
 def test_large_scores_do_not_overflow_the_softmax(size: float) -> None:
     query = torch.full((1, 1, 1, 16), 1.0).bfloat16()
@@ -104,6 +110,7 @@ def test_large_scores_do_not_overflow_the_softmax(size: float) -> None:
     assert (decode_attention(query, key, value, None, 1.0) == 2).all()
 
 
+@needs_attention
 def test_what_is_not_a_number_stays_so_and_harms_nobody_else() -> None:
     query, key = torch.randn(2, 2, 1, 16).bfloat16(), torch.randn(2, 2, 40, 16).bfloat16()
     key[1, 0, 7, 3] = float("nan")
@@ -113,6 +120,7 @@ def test_what_is_not_a_number_stays_so_and_harms_nobody_else() -> None:
     assert found[1, 1].isfinite().all()
 
 
+@needs_attention
 def test_the_operator_is_well_formed() -> None:
     query, key, value = (torch.randn(2, n, t, 16).bfloat16() for n, t in ((4, 1), (2, 6), (2, 6)))
     mask = torch.rand(2, 1, 1, 6) > 0.5
@@ -120,6 +128,7 @@ def test_the_operator_is_well_formed() -> None:
         torch.library.opcheck(decode_attention, (query, key, value, given, 0.25))
 
 
+@needs_attention
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -178,6 +187,7 @@ def test_nothing_is_served_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     assert not serves(**CALL)
 
 
+@needs_attention
 def test_the_result_is_laid_out_as_transformers_wants_it() -> None:
     query, key, value = (torch.randn(2, n, t, 16).bfloat16() for n, t in ((4, 1), (2, 6), (2, 6)))
     found, weights = attend(query, key, value, None, {})

@@ -110,6 +110,16 @@ def test_the_exit_code_tells_whether_it_fits(words: tuple[str, ...], code: int) 
     assert done.stderr.startswith("error: ") is (code != 0)
 
 
+def test_quantizing_is_planned_for_the_method_that_is_named() -> None:
+    best, gptq = (plan("qwen-1.8b", method=method).quantizing[0] for method in ("best", "gptq"))
+    assert plan("qwen-1.8b").quantizing[0] == best
+    assert (best.method, gptq.method) == ("best", "gptq")
+    assert gptq.least_bytes is not None
+    assert gptq.least_bytes < gptq.device_bytes < best.device_bytes
+    assert "tokens, method gptq. With less" in run("qwen-1.8b", "--method", "gptq").stdout
+    assert run("qwen-1.8b", "--method", "bestest").exit_code == 2
+
+
 def test_a_plain_cache_is_in_what_is_computed_in() -> None:
     found = plan("qwen-1.8b", precisions=("fp32", "fp16", "int4"))
     kinds = [(cell.precision, cell.kv_cache) for cell in found.cells]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import qquant
 from qquant.calibrate import Sample, samples_from_ids
-from qquant.checkpoint import sha256
 from qquant.config import QuantizeConfig
+from qquant.identity import sha256
 from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
 from tests.conftest import VOCAB, Factory

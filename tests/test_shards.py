@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from qquant import shards
 from qquant.errors import BadModelError, DoesNotFitError, QquantError
-from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, ShardWriter, TensorSpec
+from qquant.shard_writer import ShardWriter
+from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
@@ -101,6 +104,40 @@ def test_read_tensor_owns_its_memory(tmp_path: Path) -> None:
     reader = CheckpointReader(tmp_path)
     reader.read("a").fill_(1.0)
     assert torch.equal(reader.read("a"), torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16"])
+def test_rows_of_a_matrix_come_in_the_order_asked_for(tmp_path: Path, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = {"f32": torch.randn(9, 5, generator=generator), "before": torch.zeros(3)}
+    matrices["bf16"] = torch.randn(9, 7, generator=generator).to(torch.bfloat16)
+    reader = CheckpointReader(write(tmp_path, matrices))
+    assert reader.has_rows(name)
+    assert torch.equal(reader.rows(name, [8, 0, 3, 0]), matrices[name][[8, 0, 3, 0]])
+    assert reader.rows(name, []).shape == (0, matrices[name].shape[1])
+
+
+def test_reading_ahead_asks_for_the_bytes_of_each_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, asked = CheckpointReader(write(tmp_path, every_kind())), []
+    done = threading.Event()
+
+    def advise(_: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((start, size))
+        if len(asked) == len(reader.entries):
+            done.set()
+        raise OSError("a hint that is refused is no error")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    for entry in reader.entries.values():
+        shards.read_ahead([entry])
+    assert done.wait(10)
+    assert sorted(asked) == sorted((entry.start, entry.spec.nbytes) for entry in reader.entries.values())
+
+
+def test_where_nothing_can_be_read_ahead_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    shards.read_ahead(CheckpointReader(write(tmp_path, every_kind())).entries.values())
 
 
 def test_chunks_join_to_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,3 +285,35 @@ def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLUMNS).double()
     expected = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
     torch.testing.assert_close(factor, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_strict_makes_an_error_of_raised_damping_and_says_what_helps() -> None:
+    weight, hessian = make_layer()
+    hessian[4, 4] -= 0.05 * hessian.diagonal().mean() + hessian[4, 4]
+    config = QuantizeConfig(method="gptq", group_size=32)
+    assert solve(weight, hessian, config).fallback is not None
+    with pytest.raises(NumericError, match=r"--strict forbids fallbacks, .* \(.*--damp-percent.*--skip"):
+        solve(weight, hessian, QuantizeConfig(method="gptq", group_size=32, strict=True))
+
+
+def test_the_reported_error_after_a_fallback_is_measured_with_what_was_used() -> None:
+    weight, hessian = make_layer()
+    nearest = solve(weight, hessian * 1e30, QuantizeConfig(method="gptq", group_size=32))
+    assert not nearest.whole_hessian
+    error = nearest.weight().double() - weight
+    assert relative_error(weight, nearest, hessian * 1e30) == pytest.approx(
+        float(error.square().sum() / weight.square().sum()), rel=1e-4
+    )
+
+
+def test_a_share_of_the_columns_that_is_damaged_leaves_the_others_their_feedback() -> None:
+    """As if the damaged column had never had any input."""
+    weight, hessian = make_layer()
+    damaged, dead = hessian.clone(), hessian.clone()
+    damaged[5, 40] = damaged[40, 5] = 1000 * hessian.diagonal().max()
+    dead[5], dead[:, 5] = 0, 0
+    config = QuantizeConfig(method="gptq", group_size=32)
+    found = solve(weight, damaged, config)
+    assert found.fallback is not None
+    assert found.fallback.startswith("1 of 96 input columns rounded to nearest: ")
+    assert torch.equal(found.codes, solve(weight, dead, config).codes)

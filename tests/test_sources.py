@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qquant import sources
 from qquant.calibrate import samples_from_ids
 from qquant.capture import capture, head
+from qquant.code_keys import ignoring_code
 from qquant.errors import BadModelError, UsageError
 from qquant.hooks import first_output
 from qquant.model_folder import QWEN_CODE, load_tokenizer, read_config, resolve_folder
 from qquant.models.layouts import block_list
-from qquant.shards import SINGLE_NAME
+from qquant.shards import SINGLE_NAME, CheckpointReader
 from qquant.sources import LoadedModel, StreamedModel, pick_device, pick_dtype
 from tests.conftest import Factory
 
@@ -98,6 +100,69 @@ def test_the_head_is_read_only_when_it_is_wanted(tiny_qwen2: Path) -> None:
     assert not source.model.get_parameter("lm_head.weight").is_meta
     source.release_outside()
     assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"tie": True}], ids=["untied", "tied"])
+def test_of_an_embedding_only_the_rows_that_are_named_are_read(
+    checkpoint: Factory, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("qwen2", **options)
+    embedding = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings()
+    source = StreamedModel(folder)
+    source.load_outside(with_head=False)
+    monkeypatch.setattr(CheckpointReader, "read", lambda self, name: pytest.fail(f"{name} was read"))
+    asked: list[int] = []
+    rows = CheckpointReader.rows
+
+    def noted(self: CheckpointReader, name: str, places: Sequence[int]) -> Tensor:
+        asked.extend(places)
+        return rows(self, name, places)
+
+    monkeypatch.setattr(CheckpointReader, "rows", noted)
+    ids = torch.tensor([IDS])
+    module = source.model.get_submodule("model.embed_tokens")
+    assert torch.equal(module(ids), embedding(ids))
+    assert asked == sorted(set(IDS))
+    assert source.model.get_parameter("model.embed_tokens.weight").is_meta
+
+
+def test_what_an_embedding_does_with_its_rows_it_still_does(checkpoint: Factory) -> None:
+    """Gemma scales them, and padding may be a row that is not among those read."""
+    folder = checkpoint("gemma2", head_dim=16, pad_token_id=60)
+    assert torch.equal(streamed_logits(StreamedModel(folder)), whole_logits(folder))
+    source = StreamedModel(folder)
+    source.load_outside(with_head=False)
+    module = source.model.get_submodule("model.embed_tokens")
+    assert isinstance(module, torch.nn.Embedding)
+    module(torch.tensor([IDS]))
+    assert module.padding_idx == 60
+
+
+def test_a_row_that_is_not_finite_is_refused_when_it_is_read(tiny_qwen2: Path, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[name][5, 3] = float("nan")
+
+    with pytest.raises(BadModelError, match=name):
+        streamed_logits(StreamedModel(edited(tiny_qwen2, tmp_path / "bad", spoil)))
+
+
+def test_once_released_an_embedding_is_as_it_was(tiny_qwen2: Path) -> None:
+    source = StreamedModel(tiny_qwen2)
+    source.load_outside(with_head=False)
+    source.release_outside()
+    assert "forward" not in vars(source.model.get_submodule("model.embed_tokens"))
+    assert torch.equal(streamed_logits(source), whole_logits(tiny_qwen2))
+
+
+def test_a_block_that_is_not_there_is_not_read_ahead(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(sources, "read_ahead", lambda entries: asked.append({entry.file.name for entry in entries}))
+    source = StreamedModel(tiny_qwen2)
+    for index in (-1, 1, 2):
+        source.prefetch(index)
+    assert asked == [{SINGLE_NAME}]
 
 
 def test_a_tied_head_is_the_embedding_and_is_not_stored(checkpoint: Factory) -> None:
@@ -206,7 +271,9 @@ def test_code_beside_a_model_is_never_run(tiny_qwen2: Path, tmp_path: Path) -> N
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     folder = edited(tiny_qwen2, tmp_path / "m", dict, model_type="nosuch", auto_map=auto_map)
     (folder / "code.py").write_text(f"open({str(canary)!r}, 'w')")
-    with pytest.raises(BadModelError, match="cannot be built"):
+    with pytest.raises(BadModelError, match=r"auto_map in config\.json of .* names code.*--ignore-code"):
+        read_config(folder)
+    with ignoring_code(), pytest.raises(BadModelError, match="cannot be built"):
         read_config(folder)
     assert not canary.exists()
 

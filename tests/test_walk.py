@@ -19,6 +19,7 @@ from qquant.linear import QuantLinear
 from qquant.models.layouts import linears
 from qquant.solver import solve
 from qquant.sources import LoadedModel
+from qquant.stage_records import log_of
 from qquant.walk import Walk
 from tests.conftest import VOCAB, Factory
 
@@ -133,7 +134,7 @@ def test_masked_tokens_do_not_count(tiny_qwen2: Path) -> None:
 def test_samples_of_several_lengths_are_walked(tiny_qwen2: Path) -> None:
     samples = some_samples(2, 12) + some_samples(2, 30) + some_samples(1, 5)
     codes, walk = walk_codes(load(tiny_qwen2), samples, CONFIG)
-    assert len(codes) == len(walk.records) == 14
+    assert len(codes) == len(log_of(walk.unfinished).modules) == 14
 
 
 def test_skipped_modules_keep_their_weights_and_are_reported(tiny_qwen2: Path) -> None:
@@ -143,7 +144,7 @@ def test_skipped_modules_keep_their_weights_and_are_reported(tiny_qwen2: Path) -
     codes, walk = walk_codes(model, some_samples(), config)
     kept = [f"model.layers.0.mlp.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
     kept += [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
-    assert sorted(walk.skipped) == sorted(kept)
+    assert sorted(log_of(walk.unfinished).skipped) == sorted(kept)
     assert not set(kept) & codes.keys()
     for name in kept:
         assert torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
@@ -152,7 +153,7 @@ def test_skipped_modules_keep_their_weights_and_are_reported(tiny_qwen2: Path) -
 def test_overrides_change_single_modules(tiny_qwen2: Path) -> None:
     config = QuantizeConfig.from_dict({"group_size": 32, "dynamic": {r"+:.*v_proj": {"bits": 8, "group_size": 64}}})
     _, walk = walk_codes(load(tiny_qwen2), some_samples(), config)
-    for record in walk.records:
+    for record in log_of(walk.unfinished).modules:
         assert (record.bits, record.group_size) == ((8, 64) if "v_proj" in record.name else (4, 32))
 
 

@@ -30,16 +30,16 @@ from qquant.compat.script_inputs import (
     refuse_contradictions,
     refuse_pickles,
     samples_of,
-    say_no_remote_code,
     say_one_pass,
     without_hub,
+    without_its_code,
 )
 from qquant.config import ModuleRecord, QuantizeConfig
 from qquant.errors import UsageError
 from qquant.hf_plugin import check_keys, check_values, register
 from qquant.json_files import read_json, write_json
 from qquant.methods import best_without
-from qquant.model_folder import read_config, resolve_folder
+from qquant.model_folder import name_weights, read_config, resolve_folder
 from qquant.quantizing import quantize_model
 from qquant.shards import weight_files
 from qquant.sources import StreamedModel, compute_dtype
@@ -266,6 +266,7 @@ class AutoGPTQForCausalLM:
         raise UsageError("AutoGPTQForCausalLM is not called; use from_pretrained to quantize, from_quantized to load")
 
     @classmethod
+    @without_its_code
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -295,7 +296,6 @@ class AutoGPTQForCausalLM:
         """
         _check_config("from_pretrained", quantize_config)
         local = a_path("from_pretrained", pretrained_model_name_or_path).expanduser().is_dir()
-        say_no_remote_code(trust_remote_code)
         options = without_hub("from_pretrained", options, local=local) | ({"max_memory": 0} if max_memory else {})
         dtype = a_dtype(options.pop("dtype", torch_dtype))
         folder = resolve_folder(str(pretrained_model_name_or_path))
@@ -309,8 +309,11 @@ class AutoGPTQForCausalLM:
         device = one_device(device_map, sum(file.stat().st_size for file in weight_files(folder)))
         # The skeleton is built for its checks: every name and shape, safetensors only, not quantized yet.
         stored = StreamedModel(folder, device=device).dtype
+        for name in passed.keys() - {"attn_implementation"}:
+            setattr(config, name, passed.pop(name))
         model = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=name_weights(config, folder),
             dtype=stored if dtype is None else compute_dtype(dtype, device),
             device_map=None if device.type == "cpu" else {"": str(device)},
             local_files_only=True,
@@ -321,6 +324,7 @@ class AutoGPTQForCausalLM:
         return BaseGPTQForCausalLM(model.eval(), folder, quantized=False, quantize_config=quantize_config, dtype=dtype)
 
     @classmethod
+    @without_its_code
     def from_quantized(
         cls,
         model_name_or_path: str | Path,
@@ -356,7 +360,6 @@ class AutoGPTQForCausalLM:
             UsageError: an option that is not understood or contradicts the folder.
             BadModelError: see ``qquant.load_quantized``.
         """
-        say_no_remote_code(trust_remote_code)
         refuse_pickles(use_safetensors)
         if trainable:
             raise UsageError("packed weights have no gradient, got trainable=True; train the original and quantize it")

@@ -18,10 +18,12 @@ from torch import Tensor
 from qquant.checkpoint import LOG_NAME, MANIFEST_NAME, reopen, write_manifest
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.errors import BadModelError, NumericError, UsageError
+from qquant.identity import files_sha256
 from qquant.json_files import read_json
 from qquant.linear import QuantLinear
 from qquant.publish import Kind, published
-from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, CheckpointReader, ShardWriter, TensorSpec
+from qquant.shard_writer import ShardWriter
+from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.side_files import collect
 
 _SHARD_BYTES = 4_000_000_000  # as the command line's default
@@ -137,6 +139,7 @@ def _write_manifest(source: Path, folder: Path, run: Run) -> None:
     write_manifest(
         folder,
         source=source,
+        source_files=files_sha256([*sorted(weight_files(source)), source / "config.json"]),
         config=run.config,
         data=run.data,
         log=run.log,

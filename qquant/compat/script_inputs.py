@@ -6,19 +6,24 @@ No model is loaded here and nothing is written.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qquant.calibrate import Sample, samples_from_ids
+from qquant.code_keys import ignoring_code
+from qquant.device_map import SPREAD as NAMED
 from qquant.errors import BadDataError, UsageError
 from qquant.shards import weight_files
 from qquant.sources import pick_device, pick_dtype
 
 _log = logging.getLogger("qquant")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Chose AutoGPTQ's kernels, their preparation, or where tensors wait; never what is computed.
 _SPEED = frozenset((
@@ -31,7 +36,7 @@ _HUB = frozenset((
     "_commit_hash", "cache_dir", "force_download", "local_files_only", "proxies", "resume_download", "revision",
     "token", "use_auth_token",
 ))  # fmt: skip
-SPREAD = (None, "auto", "balanced", "balanced_low_0", "sequential")
+SPREAD = (None, *NAMED)
 """Values of ``device_map`` that leave the choice to the tool."""
 _ROOM = 2  # times the weights: beside them lie their packed copies, a Hessian and the hidden states of all samples
 
@@ -81,10 +86,18 @@ def accept(
     return rest
 
 
-def say_no_remote_code(asked: bool) -> None:
-    """Tell whoever asked for remote code that none runs."""
-    if asked:
-        _log.warning("trust_remote_code is not needed: the model is native here, and no code of its folder is run")
+def without_its_code(load: Callable[P, T]) -> Callable[P, T]:
+    """A loader that opens folders whose files name code, if remote code is asked for, and tells that none runs."""
+
+    @wraps(load)
+    def inner(*arguments: P.args, **options: P.kwargs) -> T:
+        asked = bool(options.get("trust_remote_code"))
+        if asked:
+            _log.warning("trust_remote_code is not needed: the model is native here, and no code of its folder is run")
+        with ignoring_code(asked):
+            return load(*arguments, **options)
+
+    return inner
 
 
 def refuse_pickles(use_safetensors: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from qquant.chat_templates import apply_template
 from qquant.errors import BadDataError, BadModelError
 from qquant.tasks.items import Question
 
@@ -113,13 +114,16 @@ def _chat_ids(tokenizer: Any, question: Question, dropped: int) -> list[int]:
     system = [turn for turn in question.messages if turn["role"] == "system"]
     turns = [turn for turn in question.messages if turn["role"] != "system"][2 * dropped :]
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
+        ids: list[int] = apply_template(
+            tokenizer,
             [dict(turn) for turn in (*system, *turns)],
             add_generation_prompt=True,
             return_dict=False,
             sanitize_control_tokens=True,  # a message cannot begin or end a turn
             enable_thinking=False,  # templates that know it then ask for the answer at once
         )
+    except BadModelError:
+        raise
     except Exception as error:  # a template is a program of the model's folder: it may fail in any way
         reason = " ".join(str(error).split())[:200]
         raise BadModelError(f"the chat template refuses {question.id}: {reason}; use --style base") from error

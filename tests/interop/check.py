@@ -278,6 +278,29 @@ def compare(check: Check, rows: list[Row], models: dict[str, Path], ids: dict[st
         print(line(check, row, file("original", row.model), files))
 
 
+def verify(check: Check, rows: list[Row]) -> None:
+    """Every checkpoint is sound by ``qquant verify``, and what is planted in some of them is found."""
+    jobs: list[dict[str, Any]] = [
+        {"do": "verify", "name": f"verify {folder.name}", "model": str(folder)}
+        for folder in dict.fromkeys(row.folder for row in rows)
+        if folder.exists()
+    ]
+    sound = len(jobs)
+    for writer in ("ours", "theirs"):
+        for slug in ("int4-sym", "int4-asym-desc_act"):
+            folder = check.work / f"random-{writer}-{slug}"
+            out = check.work / f"planted-{folder.name}.json"
+            if folder.exists():
+                jobs.append({"do": "plant", "name": f"planted in {folder.name}", "model": str(folder), "out": str(out)})
+    before = len(check.failures)
+    check.run_jobs("ours", jobs)
+    failed = sum(failure.startswith("ours, verify ") for failure in check.failures[before:])
+    print(f"\nqquant verify: {sound - failed} of {sound} checkpoints are sound; of the defects of tests/planted.py")
+    for job in jobs[sound:]:
+        found = json.loads(Path(job["out"]).read_text(encoding="utf-8")) if Path(job["out"]).exists() else []
+        print(f"- {job['name']}: {len(found)} found")
+
+
 def line(check: Check, row: Row, original: Path, files: dict[str, Path]) -> str:
     """One row of the table; what is out of bounds or missing is remembered as a failure."""
     found = {kind: load_file(file)["logits"] for kind, file in files.items() if file.exists()}
@@ -349,6 +372,7 @@ def run_in(work: Path, arguments: argparse.Namespace) -> int:
     check.run_jobs("theirs", jobs)
     rows += skip_rows(check, random, 2)
     compare(check, rows, models, ids)
+    verify(check, rows)
 
     print(f"\n{len(rows)} checkpoints, {time.perf_counter() - start:.0f} s")
     for failure in check.failures:

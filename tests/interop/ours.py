@@ -1,4 +1,4 @@
-"""Our half of the interop check: logits of the folders we and others wrote, and of the models they came from.
+"""Our half of the interop check: logits of the folders we and others wrote, and what ``verify`` says of them.
 
 Runs in our environment and reads the same kind of JSON list of jobs as theirs.py.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import qquant
+from tests.planted import planted
 
 
 def logits(job: dict[str, Any]) -> None:
@@ -34,6 +37,31 @@ def logits(job: dict[str, Any]) -> None:
     save_file({"logits": result.float().contiguous()}, job["out"])
 
 
+def verify(job: dict[str, Any]) -> None:
+    """A sound checkpoint has no problem."""
+    problems = qquant.verify_checkpoint(job["model"]).problems
+    if problems:
+        raise AssertionError("; ".join(f"{found.check}: {found.subject}: {found.text}" for found in problems))
+
+
+def plant(job: dict[str, Any]) -> None:
+    """Every defect that suits the folder is found by its check, in a copy; their names go to the job's ``out``."""
+    folder = Path(job["model"])
+    found, missed = [], []
+    for name, defect in planted(folder):
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(shutil.copytree(folder, Path(place) / "copy"))
+            defect.plant(copy)
+            findings = qquant.verify_checkpoint(copy).findings
+        fits = [
+            defect.check == one.check and defect.subject in one.subject for one in findings if one.level == defect.level
+        ]
+        (found if any(fits) else missed).append(name)
+    Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
+    if missed:
+        raise AssertionError(f"not found: {', '.join(missed)}")
+
+
 def main() -> int:
     """Do every job; a job that fails is reported in the results and does not stop the others."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -45,7 +73,7 @@ def main() -> int:
     results = {}
     for job in json.loads(arguments.jobs.read_text(encoding="utf-8")):
         try:
-            logits(job)
+            {"logits": logits, "verify": verify, "plant": plant}[job["do"]](job)
         except Exception as error:
             traceback.print_exc()
             results[job["name"]] = f"{type(error).__name__}: {error}"

@@ -1,0 +1,171 @@
+"""Safetensors folders whose tensors arrive late: every file has its final size and header from the start.
+
+So disk space is taken before anything is computed, no tensor waits in memory, and a run that was cut off can go on
+in the same files. Reading is shards.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qquant.errors import DoesNotFitError
+from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, TensorSpec, bytes_of
+
+_SPARE_BYTES = 16 * 2**20
+"""Left free beside what a plan takes."""
+
+
+class ShardWriter:
+    """Writes a safetensors checkpoint whose tensors become known one after the other, in any order.
+
+    Every file is created at its final size with its header at once; ``write`` fills in one tensor's bytes, again if it
+    is called again.
+
+    Args:
+        folder: existing folder to write into.
+        plan: every tensor that will be written, in the order in which they are laid out.
+        max_shard_bytes: a new shard begins before one grows past this.
+        going_on: keep the files of an earlier writer with the same plan, and what is in them.
+
+    Raises:
+        DoesNotFitError: less disk space is free than the plan needs.
+    """
+
+    def __init__(
+        self, folder: Path, plan: Mapping[str, TensorSpec], *, max_shard_bytes: int, going_on: bool = False
+    ) -> None:
+        """Create all shards; the disk space is taken from here on."""
+        self._folder = folder
+        self._plan = dict(plan)
+        self._unwritten = set(plan)
+        self._unsynced: set[str] = set()
+        self._places: dict[str, tuple[str, int]] = {}
+        shards = [{name: plan[name] for name in names} for names in _split(plan, max_shard_bytes)]
+        names = [SINGLE_NAME]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        files = {name: _Layout(shard) for name, shard in zip(names, shards, strict=True)}
+        for file_name, layout in files.items():
+            self._places |= {name: (file_name, start) for name, start in layout.starts.items()}
+        missing = [name for name in names if not (going_on and files[name].is_of(folder / name))]
+        needed, free = sum(files[name].size for name in missing), shutil.disk_usage(folder).free
+        if missing and needed + _SPARE_BYTES > free:
+            raise DoesNotFitError(
+                f"the checkpoint needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free at {folder}; "
+                "free some space or choose another --out"
+            )
+        for name in missing:
+            files[name].create(folder / name)
+        if len(shards) > 1:
+            weight_map = {name: self._places[name][0] for name in plan}
+            total = sum(spec.nbytes for spec in plan.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; dtype and shape must be the planned ones."""
+        planned = self._plan[name]
+        got = TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        assert got == planned, f"{name}: planned {planned}, got {got}"
+        self.write_chunks(name, [tensor.detach().cpu().contiguous().reshape(-1)])
+
+    def write_chunks(self, name: str, chunks: Iterator[Tensor] | Sequence[Tensor]) -> None:
+        """Write one tensor from flattened pieces."""
+        spec = self._plan[name]
+        file_name, start = self._places[name]
+        written = 0
+        self._unsynced.add(file_name)
+        with (self._folder / file_name).open("r+b", buffering=0) as stream:
+            stream.seek(start)
+            for chunk in chunks:
+                data = bytes_of(chunk)
+                while len(data):
+                    count = stream.write(data)
+                    data = data[count:]
+                    written += count
+        assert written == spec.nbytes, f"{name}: {written} bytes of {spec.nbytes}"
+        self._unwritten.discard(name)
+
+    def written_before(self, names: Iterable[str]) -> None:
+        """Take it that an earlier writer of these files wrote these tensors."""
+        self._unwritten.difference_update(names)
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        for file_name in sorted(self._unsynced):
+            with (self._folder / file_name).open("rb") as stream:
+                os.fsync(stream.fileno())
+        self._unsynced.clear()
+
+    def close(self) -> None:
+        """Check that every planned tensor was written and force all files to disk."""
+        assert not self._unwritten, f"never written: {sorted(self._unwritten)}"
+        self.sync()
+
+
+class _Layout:
+    """One file: its header, and where each tensor begins."""
+
+    def __init__(self, tensors: Mapping[str, TensorSpec]) -> None:
+        text, starts = _header(tensors)
+        self.head = len(text).to_bytes(8, "little") + text
+        self.starts = {name: len(self.head) + start for name, start in starts.items()}
+        self.size = len(self.head) + sum(spec.nbytes for spec in tensors.values())
+
+    def is_of(self, file: Path) -> bool:
+        """Whether a file is there, whole, with this layout."""
+        if not file.is_file() or file.stat().st_size != self.size:
+            return False
+        with file.open("rb") as stream:
+            return stream.read(len(self.head)) == self.head
+
+    def create(self, file: Path) -> None:
+        """Take the file's disk space, then write its header: a file with both is whole."""
+        with file.open("wb") as stream:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, self.size)
+            else:  # macOS has no such call; the file then gets its size, but not yet its blocks
+                stream.truncate(self.size)
+            stream.write(self.head)
+
+
+def written_bytes(plan: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> int:
+    """Bytes of all weight files that a ``ShardWriter`` makes of a plan, headers included."""
+    return sum(_Layout({name: plan[name] for name in names}).size for names in _split(plan, max_shard_bytes))
+
+
+def _header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The JSON in front of a file's tensors, and where each begins behind it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    offset = 0
+    for name, spec in tensors.items():
+        starts[name] = offset
+        header[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), starts
+
+
+def _split(plan: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in plan.items():
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    # safetensors wants wider elements first inside a file, so that every tensor is aligned to its element size.
+    return [sorted(shard, key=lambda name: -DTYPES[plan[name].dtype].itemsize) for shard in shards]

@@ -1,0 +1,329 @@
+"""A run that may be cut off at any moment: what is finished lies on disk, and the same command goes on from there.
+
+Beside the output ``out`` stands ``out.unfinished`` with a journal, the folder that will become ``out``, and shelves of
+tensors. What a piece of work is, and what a shelf holds, is for the room that does the work to say.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qquant.errors import BadDataError, BadModelError, DoesNotFitError, NumericError, StoppedError, UsageError
+from qquant.identity import sha256
+from qquant.journal import Journal
+from qquant.publish import Kind, put_in_place, refuse_existing, sync, sync_folder
+from qquant.ranks import ALONE, Ranks
+from qquant.shard_writer import ShardWriter
+from qquant.shards import CheckpointReader, TensorSpec
+
+_log = logging.getLogger("qquant")
+
+_JOURNAL = "journal.jsonl"
+_RESULT = "result"
+_SEALED = "sealed"
+_MOST_TRIES = 16
+_ONE_FILE = 1 << 62  # bytes; a shelf is never split
+_AGAIN = "the same command"
+_OF_THE_INPUT = (BadModelError, BadDataError, NumericError)
+"""What the same run would meet again, and another cannot use what is finished."""
+
+
+class Shelf(Protocol):
+    """Tensors by name, all known by dtype and shape beforehand."""
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Keep one tensor, or replace it."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+
+    def sync(self) -> None:
+        """Wait until everything written here is on the disk."""
+
+
+class Run:
+    """A run that keeps nothing on disk: every piece is unfinished, shelves are in memory."""
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        """Begin.
+
+        Args:
+            ranks: the processes that do the run together; each makes the same calls in the same order.
+        """
+        self.ranks = ranks
+        self._pieces: dict[str, Any] = {}
+        self._shelves: dict[str, Shelf] = {}
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is kept here is there after the end of the process."""
+        return False
+
+    def finished(self, key: str) -> Any | None:
+        """The JSON value kept for a piece of work that is finished, or None."""
+        return self._pieces.get(key)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Finished pieces, in the order in which they were finished first."""
+        yield from self._pieces.items()
+
+    def keep(self, key: str, piece: Any) -> None:
+        """Keep a finished piece, a JSON value; what it stands for must be written."""
+        self._pieces[key] = piece
+
+    def finish(self, key: str, piece: Any) -> None:
+        """Keep a finished piece from which a later process can go on; StoppedError if a stop was asked for."""
+        self.keep(key, piece)
+
+    def shelf(self, name: str, specs: Mapping[str, TensorSpec]) -> Shelf:
+        """The shelf of that name with what is on it, made with its disk space taken if it is not there."""
+        return self._shelves.setdefault(name, _InMemory())
+
+    def drop(self, name: str) -> None:
+        """Give up a shelf and its space, if it is there."""
+        self._shelves.pop(name, None)
+
+
+class _InMemory:
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def sync(self) -> None:
+        pass
+
+
+class _OnDisk:
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self._writer = ShardWriter(folder, specs, max_shard_bytes=_ONE_FILE, going_on=True)
+        self._reader = CheckpointReader(folder)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        self._writer.write(name, tensor)
+
+    def read(self, name: str) -> Tensor:
+        return self._reader.read(name)
+
+    def sync(self) -> None:
+        self._writer.sync()
+
+
+class UnfinishedRun(Run):
+    """A run with a folder of its own; made by ``going_on``."""
+
+    def __init__(
+        self, out: Path, folder: Path, kind: Kind, journal: Journal | None, ranks: Ranks, *, overwrite: bool
+    ) -> None:
+        """See ``going_on``; ``journal`` is the writer's alone."""
+        super().__init__(ranks)
+        self.folder = folder
+        self.result = self.folder / _RESULT
+        self.writer: ShardWriter | None = None
+        """Of the result's tensors; what it wrote is on the disk before a piece counts as finished."""
+        self.stop_asked = False
+        self._out, self._kind, self._overwrite, self._journal = out, kind, overwrite, journal
+        mine = dict(journal.items()) if journal is not None else None
+        self._pieces = ranks.json(mine)
+        if ranks.writer:
+            self.result.mkdir(exist_ok=True)
+            sync(self.folder)
+            sync(self.folder.parent)
+        ranks.barrier()
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is kept here is there after the end of the process."""
+        return True
+
+    def keep(self, key: str, piece: Any) -> None:
+        """Keep a finished piece on the disk, behind all that was written of the result."""
+        if self.writer is not None:
+            self.writer.sync()
+        if self._journal is not None:
+            self._journal.add(key, piece)
+        self._pieces[key] = piece
+
+    def finish(self, key: str, piece: Any) -> None:
+        """Keep a finished piece for all ranks; StoppedError if a stop was asked for on any."""
+        self.keep(key, piece)
+        if self.ranks.any(self.stop_asked):
+            raise StoppedError(f"stopped; what is finished is saved in {self.folder}, and {_AGAIN} goes on from there")
+
+    def shelf(self, name: str, specs: Mapping[str, TensorSpec]) -> Shelf:
+        """The shelf of that name, a folder with one safetensors file; every rank writes and reads it."""
+        folder = self.folder / name
+        if self.ranks.writer:
+            folder.mkdir(exist_ok=True)
+            made = _OnDisk(folder, specs)
+            sync_folder(folder)
+            sync(self.folder)
+        self.ranks.barrier()
+        return made if self.ranks.writer else _OnDisk(folder, specs)
+
+    def drop(self, name: str) -> None:
+        """Give up a shelf and its space, when every rank is done with it."""
+        self.ranks.barrier()
+        if self.ranks.writer and (self.folder / name).is_dir():
+            shutil.rmtree(self.folder / name)
+
+    def refuse_full_disk(self, needed: int) -> None:
+        """Raise DoesNotFitError if all that the run will write does not fit beside what it has written already."""
+        taken = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if needed - taken > free:
+            raise DoesNotFitError(
+                f"the result and the work on it take {needed / 1e9:.2f} GB of disk, {(free + taken) / 1e9:.2f} GB are "
+                f"free at {self.folder.parent}; free some space or choose another output"
+            )
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the result is complete, and may be in place already."""
+        return self.finished(_SEALED) is not None
+
+    def publish(self) -> None:
+        """Put the result in place by one rename, and remove the run's folder. The result must be complete.
+
+        Raises:
+            UsageError: ``out`` has become something that may not be replaced.
+        """
+        if self.ranks.writer:
+            if not self.sealed:
+                sync_folder(self.result)
+                self.keep(_SEALED, _seal_of(self.result))
+            if not _is_published(self._out, self.finished(_SEALED)):
+                refuse_existing(self._out, self._kind, overwrite=self._overwrite)
+                put_in_place(self.result, self._out, aside=self.folder / "replaced")
+            self.remove()
+        self.ranks.barrier()
+
+    def remove(self) -> None:
+        """Remove the run's folder, the journal last: without one the rest would be nobody's."""
+        if self._journal is not None:
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != _JOURNAL:
+                    path.unlink()
+            self._journal.remove()
+            with suppress(FileNotFoundError):
+                self.folder.rmdir()
+
+
+def work_folder(out: Path, number: int = 0) -> Path:
+    """Where a run keeps its work whose result will be ``out``; ``number`` of this try, where there are several."""
+    place = out if out.name else out.absolute()  # the current folder has a name only then
+    return place.with_name(f"{place.name}.unfinished{f'-{number}' if number else ''}")
+
+
+def refuse_output(out: Path, kind: Kind, *, overwrite: bool) -> None:
+    """As ``refuse_existing``, but for an output that is complete and whose run only had no time to tidy up."""
+    tries = (work_folder(out, number) for number in range(_MOST_TRIES))
+    if not any(_is_published(out, _sealed(folder)) for folder in tries):
+        if out.exists():
+            with suppress(OSError):  # not there, or not empty: all that a run may leave that was killed as it tidied up
+                work_folder(out).rmdir()
+        refuse_existing(out, kind, overwrite=overwrite)
+
+
+@contextmanager
+def going_on(
+    out: Path, kind: Kind, identity: Mapping[str, Any], *, overwrite: bool, ranks: Ranks = ALONE, number: int = 0
+) -> Iterator[UnfinishedRun]:
+    """The run whose result will be ``out``: a new one, or the one that was cut off.
+
+    While it lasts SIGINT and SIGTERM let the piece of work at hand be finished and end in StoppedError; a second signal
+    ends at once. If it ends before anything is finished, or by an error that the model, the data or its numbers would
+    cause again, nothing is left of it.
+
+    Args:
+        out: folder to make, by ``UnfinishedRun.publish``.
+        kind: of ``out``, see ``published``.
+        identity: JSON values on which the result depends; the writer's counts.
+        overwrite: replace an existing folder of this kind.
+        ranks: the processes that do the run together.
+        number: of this try, where several are made for one ``out``.
+
+    Raises:
+        UsageError: ``out`` may not be made, another run is at work on it, or what was cut off was another run.
+        StoppedError: a stop was asked for.
+    """
+    out, folder = out.absolute(), work_folder(out.absolute(), number)
+    if not ranks.writer:
+        with _listening(UnfinishedRun(out, folder, kind, None, ranks, overwrite=overwrite)) as run:
+            yield run
+        return
+    refuse_output(out, kind, overwrite=overwrite)
+    if folder.exists() and not (folder / _JOURNAL).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"a run keeps its unfinished work in {folder}, and that is something else; move it away")
+    journal = Journal(folder / _JOURNAL, identity, resume=True, again=_AGAIN, anew=f"delete {folder}")
+    with journal.alone():
+        run = UnfinishedRun(out, folder, kind, journal, ranks, overwrite=overwrite)
+        if len(journal):
+            _log.warning("going on with the run in %s", folder)
+        try:
+            with _listening(run):
+                yield run
+        except BaseException as error:
+            if not len(journal) or isinstance(error, _OF_THE_INPUT):
+                run.remove()
+            elif not isinstance(error, StoppedError):
+                _log.warning("what is finished is kept in %s; %s goes on from there", folder, _AGAIN)
+            raise
+
+
+@contextmanager
+def _listening(run: UnfinishedRun) -> Iterator[UnfinishedRun]:
+    """SIGINT and SIGTERM ask the run to stop; the second time they end it."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if run.stop_asked:
+            raise KeyboardInterrupt
+        run.stop_asked = True
+        _log.warning("stopping as soon as the work at hand is finished and saved; once more stops at once")
+
+    listening = threading.current_thread() is threading.main_thread()  # no other thread may listen to signals
+    before = [(number, signal.signal(number, ask)) for number in (signal.SIGINT, signal.SIGTERM) if listening]
+    try:
+        yield run
+    except KeyboardInterrupt:
+        saved = f"what is finished is saved in {run.folder}, and {_AGAIN} goes on from there"
+        raise StoppedError(f"stopped; {saved if any(run.items()) else 'nothing was finished yet'}") from None
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _seal_of(result: Path) -> dict[str, str]:
+    """What tells a complete result from every other folder: its manifest, which names the sha256 of all files."""
+    return {path.name: sha256(path) for path in sorted(result.glob("manifest.json"))}
+
+
+def _is_published(out: Path, seal: Mapping[str, str] | None) -> bool:
+    named = (seal or {}).items()
+    return bool(named) and all((out / name).is_file() and sha256(out / name) == digest for name, digest in named)
+
+
+def _sealed(folder: Path) -> Mapping[str, str] | None:
+    """The seal in the journal of a run that nobody may be at work on; None without one."""
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        last = json.loads((folder / _JOURNAL).read_text(encoding="utf-8").splitlines()[-1])
+        if last["key"] == _SEALED:
+            return dict(last["piece"])
+    return None

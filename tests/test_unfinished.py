@@ -1,0 +1,186 @@
+"""A run that is cut off goes on where it was, and ends in the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qquant.calibrate import Sample, samples_from_ids
+from qquant.checkpoint import QUANTIZED_FOLDER
+from qquant.config import QuantizeConfig, QuantizeLog
+from qquant.errors import StoppedError, UsageError
+from qquant.identity import sha256
+from qquant.needs import Needs
+from qquant.publish import put_in_place
+from qquant.quantizing import quantize_checkpoint
+from qquant.unfinished import UnfinishedRun, going_on, work_folder
+from tests.conftest import VOCAB, Factory
+
+ONE_BLOCK = {"num_hidden_layers": 2, "intermediate_size": 64}
+
+
+class Cut(BaseException):
+    """The process ends here, as far as the run can tell."""
+
+
+def some_samples() -> list[Sample]:
+    ids = torch.randint(0, VOCAB, (5, 16), generator=torch.Generator().manual_seed(3))
+    return [*samples_from_ids(ids[:3]), *samples_from_ids(ids[3:, :9])]
+
+
+def quantized(source: Path, out: Path, method: str = "best", **options: Any) -> QuantizeLog:
+    samples = None if method == "rtn" else some_samples()
+    return quantize_checkpoint(source, samples, QuantizeConfig(method=method, group_size=32), out, **options)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+def left(out: Path) -> list[str]:
+    """What stands beside the output that was not there before."""
+    return sorted(path.name for path in out.parent.iterdir() if path.name != out.name)
+
+
+CASES = [("best", False), ("best", True), ("rtn", False), ("rotate+gptaq", False), ("qep+tune:2", True)]
+
+
+@pytest.mark.parametrize(("method", "spilled"), CASES, ids=[f"{m}{'-spilled' * s}" for m, s in CASES])
+def test_a_run_cut_off_after_every_piece_ends_in_the_same_bytes(
+    checkpoint: Factory, tmp_path: Path, method: str, spilled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("qwen2", **ONE_BLOCK)
+    log = quantized(source, tmp_path / "whole" / "out", method)
+    expected = tree(tmp_path / "whole" / "out")
+    plain, pieces = UnfinishedRun.finish, 0
+
+    def cut(run: UnfinishedRun, key: str, piece: Any) -> None:
+        nonlocal pieces
+        plain(run, key, piece)
+        pieces += 1
+        raise Cut
+
+    out = tmp_path / "cut" / "out"
+    monkeypatch.setattr(UnfinishedRun, "finish", cut)
+    monkeypatch.setattr(Needs, "spills", lambda *_, **__: spilled)
+    for _ in range(200):
+        try:
+            found = quantized(source, out, method)
+            break
+        except Cut:
+            assert not out.exists()
+    assert tree(out) == expected
+    assert [record.name for record in found.modules] == [record.name for record in log.modules]
+    assert pieces >= 3
+    assert left(out) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_stage_be_finished_and_saved(checkpoint: Factory, tmp_path: Path, number: int) -> None:
+    source, seen = checkpoint("qwen2", **ONE_BLOCK), []
+
+    def on_module(record: Any) -> None:
+        seen.append(record.name)
+        if len(seen) == 2:
+            os.kill(os.getpid(), number)
+
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError, match="the same command goes on") as error:
+        quantized(source, out, "gptq", on_module=on_module)
+    assert error.value.exit_code == 75
+    assert [name.rpartition(".")[2] for name in seen] == ["q_proj", "k_proj", "v_proj"], "the stage is finished"
+    assert not out.exists()
+    assert left(out) == ["out.unfinished"]
+    again: list[str] = []
+    log = quantized(source, out, "gptq", on_module=lambda record: again.append(record.name))
+    assert seen + again == [record.name for record in log.modules], "nothing is done twice"
+    assert left(out) == []
+
+
+def test_another_run_is_refused_with_what_differs(checkpoint: Factory, tmp_path: Path) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+    with pytest.raises(StoppedError):
+        quantized(source, out, "gptq", on_module=lambda record: os.kill(os.getpid(), signal.SIGTERM))
+    before = (work_folder(out) / "journal.jsonl").read_bytes()
+    config = QuantizeConfig(method="gptq", bits=8, group_size=32)
+    with pytest.raises(UsageError, match=r"bits was 4 and is 8.*delete .*out\.unfinished to begin anew"):
+        quantize_checkpoint(source, some_samples(), config, out)
+    with pytest.raises(UsageError, match="calibration samples was"):
+        quantize_checkpoint(source, some_samples()[1:], QuantizeConfig(method="gptq", group_size=32), out)
+    other = checkpoint("qwen2", seed=1, **ONE_BLOCK)
+    with pytest.raises(UsageError, match=r"sha256 of model\.safetensors was"):
+        quantized(other, out, "gptq")
+    assert (work_folder(out) / "journal.jsonl").read_bytes() == before
+    quantized(source, out, "gptq")
+
+
+def test_two_runs_into_one_output_do_not_meet(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with going_on(out, QUANTIZED_FOLDER, {}, overwrite=False) as run:
+        run.finish("a", 1)
+        with (
+            pytest.raises(UsageError, match="another run is at work"),
+            going_on(out, QUANTIZED_FOLDER, {}, overwrite=False),
+        ):
+            pass
+        assert run.finished("a") == 1
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    folder = work_folder(tmp_path / "out")
+    folder.mkdir()
+    (folder / "diary.txt").write_text("x")
+    with (
+        pytest.raises(UsageError, match="something else"),
+        going_on(tmp_path / "out", QUANTIZED_FOLDER, {}, overwrite=False),
+    ):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["diary.txt"]
+
+
+def test_nothing_is_left_of_a_run_that_finished_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="early"),
+        going_on(tmp_path / "a" / "out", QUANTIZED_FOLDER, {}, overwrite=False),
+    ):
+        raise ValueError("early")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_cut_off_around_the_rename_is_finished_by_the_same_command(
+    tmp_path: Path, moment: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, out = put_in_place, tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "config.json").write_text('{"quantization_config": {}}')
+
+    def cut(new: Path, place: Path, *, aside: Path) -> None:
+        if moment == "after":
+            plain(new, place, aside=aside)
+        raise Cut
+
+    def run_once() -> None:
+        with going_on(out, QUANTIZED_FOLDER, {"bits": 4}, overwrite=overwrite) as run:
+            if not run.sealed:
+                (run.result / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+                (run.result / "manifest.json").write_text(json.dumps({"files": {}}))
+                run.finish("all", True)
+            run.publish()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qquant.unfinished.put_in_place", cut)
+        with pytest.raises(Cut):
+            run_once()
+    run_once()
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "manifest.json"]
+    assert "bits" in (out / "config.json").read_text()
+    assert left(out) == []
