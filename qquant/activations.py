@@ -7,7 +7,7 @@ capture.py's, when they change is walk.py's.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +78,11 @@ class Activations(Sequence[Tensor]):
         self._slots[slot].sync()
         self._next = 1 - slot
         return slot
+
+    def committed(self, i: int) -> Tensor:
+        """A sample as it was committed last, whatever has become of it since."""
+        assert self._slots is not None
+        return self._slots[1 - self._next].read(str(i)).to(self._device)
 
     def restore(self, slot: int, mine: Sequence[int]) -> None:
         """Take the samples that were committed to ``slot``."""
@@ -154,6 +159,13 @@ class Streams:
         self._run.finish(_KEY, {"block": block, "slot": slot})
         self._committed = time.monotonic()
         self._cost = self._committed - began
+
+    def entering(self) -> Callable[[int], Tensor]:
+        """Sample -> as the quantized model has it now, also when it has gone on; kept in memory by no lasting run.
+
+        What a lasting run has now must have been committed.
+        """
+        return self.hidden.committed if self._run.lasting else list(self.hidden).__getitem__
 
     def spill(self) -> bool:
         """Give memory back by moving the samples to the disk; returns whether there were any to move."""

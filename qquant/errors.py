@@ -36,6 +36,10 @@ class BadDataError(QquantError, ValueError):
     exit_code = 5
 
 
+class DamagedWorkError(BadDataError):
+    """A file that an unfinished run wrote is not as it left it, so that it cannot go on."""
+
+
 class NumericError(QquantError, ArithmeticError):
     """Numbers that are not finite, or a Hessian that no damping makes positive definite."""
 

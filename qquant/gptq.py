@@ -141,6 +141,7 @@ def quantize_command(
         refuse_output(out, QUANTIZED_FOLDER, overwrite=overwrite)
         memory = None if max_memory is None else size_in_bytes(max_memory, "--max-memory")
         ranks, own_device = until_the_end.enter_context(joined(device))
+        until_the_end.callback(_log.setLevel, _log.level)
         _log.setLevel(logging.DEBUG if debug else logging.NOTSET if ranks.writer else logging.ERROR)
         if ranks.size > 1 and target:
             raise UsageError("a mix of bits is measured by one process; leave out torchrun, or the target")
@@ -157,7 +158,8 @@ def quantize_command(
         if ranks.writer:
             _tell_given(mixture, err=not dry_run)
         if dry_run and not target:
-            _show_plan(folder, adapter, samples, config, tensor_parallel)
+            if ranks.writer:
+                _show_plan(folder, adapter, samples, config, tensor_parallel)
             return
         from qquant.heap import keep_heap_small
 
@@ -189,11 +191,12 @@ def quantize_command(
                 return
         blocks = getattr(read_config(folder).get_text_config(), "num_hidden_layers", None)
         with module_progress(blocks, shown=ranks.writer) as listeners:
-            run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, **listeners._asdict()}
+            run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, "max_memory": memory}
+            run |= listeners._asdict()
             if target:
                 log, measured = quantize_mixed(mixed, out, **target, on_choice=partial(_show_choice, mixed), **run)
             else:
-                log = quantize_checkpoint(folder, samples, config, out, max_memory=memory, ranks=ranks, **where, **run)
+                log = quantize_checkpoint(folder, samples, config, out, ranks=ranks, **where, **run)
         if not ranks.writer:
             return
         if target:

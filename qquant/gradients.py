@@ -81,6 +81,7 @@ def output_moments(
     width, dtype = kept.ranks.json(None if first is None else [first.shape[-1], DTYPE_NAMES[first.dtype]])
     states = {str(i): TensorSpec(dtype, (1, stream.lengths[i], width)) for i in chosen}
     ways = _Ways(source, stream, device, kept, chosen, states, made)
+    ways.reserve()
     ways.forwards(lambda done: on_progress(_STEP, done, 2 * len(made)))
     ways.turn(seed)
     ways.backwards(lambda done: on_progress(_STEP, len(made) + done, 2 * len(made)))
@@ -115,6 +116,9 @@ class _Kept(Mapping[str, Tensor]):
         if self._open is None or self._open[0] != index:
             self._open = index, self._run.shelf(_outputs_name(index), self._made[index])
         return self._open[1].read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -151,10 +155,27 @@ class _Ways:
         self._chosen, self._states, self._made = chosen, states, made
         self._mine, self._count = run.ranks.mine(chosen), len(made)
 
+    def reserve(self) -> None:
+        """Take the disk space of the whole way before the first block goes forwards, so that no later step lacks it.
+
+        Gradients take turns on two shelves. Moments take the place of hidden states that the way back is done with;
+        where they are larger, their shelves are made now as well.
+        """
+        if self._run.finished(_forwards_key(0)) is not None:
+            return
+        for index in range(1, self._count + 1):
+            self._hidden(index)
+        for index in range(max(1, self._count - 1), self._count + 1):
+            self._slopes(index)
+        states = sum(spec.nbytes for spec in self._states.values())
+        for index, made in enumerate(self._made):
+            if sum(spec.nbytes for spec in made.values()) > states:
+                self._run.shelf(_outputs_name(index), made)
+
     def forwards(self, tell: Callable[[int], None]) -> None:
         """Keep what enters each block, and what leaves the last."""
         for index in range(self._count):
-            key = f"gradients forwards {index}"
+            key = _forwards_key(index)
             if self._run.finished(key) is None:
                 block, entering, leaving = self._source.load(index), self._entering(index), self._hidden(index + 1)
                 self._source.prefetch(index + 1)
@@ -192,9 +213,10 @@ class _Ways:
                 written = self._through(block, index)
                 self._source.release(index)
                 self._finish(key, *written)
-            self._run.drop(_slopes_name(index + 1))
             self._run.drop(_hidden_name(index))
             tell(done)
+        for index in (0, 1):
+            self._run.drop(_slopes_name(index))
 
     def _through(self, block: nn.Module, index: int) -> list[Shelf]:
         """Shelves with a block's moments and, but for the first block, the gradients of what enters it."""
@@ -232,7 +254,7 @@ class _Ways:
         return self._run.shelf(_hidden_name(index), self._states)
 
     def _slopes(self, index: int) -> Shelf:
-        """The gradients with respect to the same."""
+        """The gradients with respect to the same; on the shelf of those two blocks behind, which are done with."""
         return self._run.shelf(_slopes_name(index), self._states)
 
     def _finish(self, key: str, *shelves: Shelf) -> None:
@@ -242,12 +264,16 @@ class _Ways:
         self._run.finish(key, True)
 
 
+def _forwards_key(index: int) -> str:
+    return f"gradients forwards {index}"
+
+
 def _hidden_name(index: int) -> str:
     return f"gradients-hidden-{index}"
 
 
 def _slopes_name(index: int) -> str:
-    return f"gradients-slopes-{index}"
+    return f"gradients-slopes-{index % 2}"
 
 
 def _outputs_name(index: int) -> str:

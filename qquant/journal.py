@@ -63,11 +63,17 @@ class Journal:
             made = False
         except FileNotFoundError:  # the folder was there, and the run that it was of has just ended
             raise _taken(path) from None
-        lock = _alone(path)
+        with alone(path):
+            self._begin(made=made, resume=resume)
+
+    def _begin(self, *, made: bool, resume: bool) -> None:
+        path = self._path
         try:
             if not made and not resume:
-                raise UsageError(f"an earlier run left unfinished work in {path}; go on with {again}, or {anew}")
-            if made and os.fstat(lock).st_size == 0:  # else another run was here since
+                raise UsageError(
+                    f"an earlier run left unfinished work in {path}; go on with {self._again}, or {self._anew}"
+                )
+            if made and path.stat().st_size == 0:  # else another run was here since
                 self._append(self._head(), mode="w")
             else:
                 self._read(self._identity)
@@ -75,8 +81,6 @@ class Journal:
             with suppress(OSError):  # the first error is the one to tell
                 self.remove()
             raise
-        finally:
-            os.close(lock)
 
     def __contains__(self, key: str) -> bool:
         return key in self._pieces
@@ -111,12 +115,14 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep all other runs off the file; raises UsageError where one is at work on it."""
-        lock = _alone(self._path)
-        try:
+        """Keep all other runs off the file, and read it again: another one may have been at work on it since.
+
+        Raises:
+            UsageError: a run is at work on it, or it has become another run's.
+        """
+        with alone(self._path):
+            self._read(self._identity)
             yield
-        finally:
-            os.close(lock)
 
     def _head(self) -> dict[str, Any]:
         return {"journal": 1, "identity": self._identity}
@@ -134,6 +140,7 @@ class Journal:
             ) from error
 
     def _read(self, mine: dict[str, Any]) -> None:
+        self._pieces, self._whole_bytes = {}, None
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if not whole and content[: len(_BEGINNING)] == _BEGINNING[: len(content)]:
@@ -204,6 +211,16 @@ def resumable(journal: Journal, pieces: str) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep all runs off a journal; raises UsageError where one is at work on it."""
+    lock = _alone(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def _alone(path: Path) -> int:
     """A descriptor of a journal that no other process holds in this way; the end of a process gives it back.
 
@@ -225,7 +242,18 @@ def _alone(path: Path) -> int:
         raise _taken(path) from None
     except OSError:
         pass  # a file system without locks
+    if not _is_still(path, descriptor):
+        os.close(descriptor)
+        raise _taken(path)
     return descriptor
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether an open file is what has that name now: a run that ends deletes it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _taken(path: Path) -> UsageError:

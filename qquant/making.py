@@ -28,7 +28,6 @@ from qquant.linear import QuantLinear
 from qquant.models.layouts import block_list
 from qquant.packing import dequantize
 from qquant.run_identity import run_identity
-from qquant.shard_writer import ShardWriter
 from qquant.shards import DTYPES, CheckpointReader, TensorSpec, weight_files
 from qquant.side_files import SideFiles
 from qquant.solver import Solution
@@ -93,24 +92,26 @@ class Making:
 
     def make(self, run: UnfinishedRun) -> None:
         """Fill the run's result with all but its manifest, and prove it."""
-        if run.ranks.writer:
-            run.writer = ShardWriter(run.result, self.plan, max_shard_bytes=self.max_shard_bytes, going_on=True)
-        run.ranks.barrier()
+        run.begin_result(self.plan, max_shard_bytes=self.max_shard_bytes)
         late = self._late()
         unchanged = [name for name in self.plan if name in self.source.reader.entries]
         if run.finished(_COPIED) is None:
             self._copy(run, [name for name in unchanged if name not in late])
             run.finish(_COPIED, True)
         stream = self._walk(run)
-        if not run.ranks.writer:
-            return
+        with run.ranks.agreed():
+            if run.ranks.writer:
+                self._complete(run, stream, unchanged, late)
+
+    def _complete(self, run: UnfinishedRun, stream: Stream, unchanged: list[str], late: set[str]) -> None:
+        """Write what lies beside the quantized weights, and prove the result."""
         self._copy(run, [name for name in unchanged if name in late - changed_by_folds(run)])
         assert run.writer is not None
         done = [f"{record.name}.{part}" for record in log_of(run).modules for part in PARTS]
         run.writer.written_before([*done, *changed_by_folds(run), *(name for name in unchanged if name not in late)])
         run.writer.close()
         self.beside.write(run.result, quantization_keys(self.config, self.quantized, self.skipped))
-        self._prove(run.result, stream)
+        self._prove(run, stream)
 
     def describe(self, run: UnfinishedRun) -> None:
         """Write the log and the manifest of a result that is complete but for these."""
@@ -199,23 +200,26 @@ class Making:
         reader: list[CheckpointReader] = []
 
         def weight_of(name: str) -> Tensor:
-            if not reader:
-                reader.append(CheckpointReader(run.result))
             settings = self.config.for_module(name)
             assert settings is not None
-            parts = (reader[0].read(f"{name}.{part}") for part in PARTS)
+            with run.own_result():
+                if not reader:
+                    reader.append(CheckpointReader(run.result))
+                parts = [reader[0].read(f"{name}.{part}") for part in PARTS]
             return dequantize(*parts, bits=settings.bits).T.to(self._device)
 
         return weight_of
 
-    def _prove(self, folder: Path, stream: Stream) -> None:
+    def _prove(self, run: UnfinishedRun, stream: Stream) -> None:
         """Read the written folder again, and have it compute what the walk computed."""
         self.source.load_outside(with_head=True)
         with torch.no_grad():
             walked = head(self.source, stream.hidden[0], self._device)
         self.source.release_outside()
-        again = reopen(folder, dtype=self.source.dtype, device=self._device)
-        check_logits(_logits_of(again, self.samples[0], self._device), walked)
+        with run.own_result():
+            again = reopen(run.result, dtype=self.source.dtype, device=self._device)
+            written = _logits_of(again, self.samples[0], self._device)
+        check_logits(written, walked)
 
 
 def _logits_of(source: StreamedModel, sample: Sample, device: torch.device | str) -> Tensor:

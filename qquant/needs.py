@@ -26,6 +26,7 @@ _PIECE_ROWS = 2048  # stage_solver.py: rows that are solved together
 _GRADIENT_TOKENS = 16384  # gradients.py
 _HEAD_TOKENS = 256  # gradients.py: tokens whose logits are worked on at a time
 _SIDE = 256  # refinement.py: outputs that are weighted together
+_GROUP = 32  # weights with a scale of their own, at the least that is usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +113,16 @@ class _Making:
             # folding.Folder: a linear in float32 beside what it becomes.
             yield "while channels are scaled", self.block + self.felt + 8 * self._widest() + self._passing()
         earlier = 0  # original weights of the unit's linears that are quantized already, where these are kept
+        solved = 0  # codes of the block's linears that wait until all are solved
         for inputs, outputs in self.shapes.stages:
             tail = outputs == self.shapes.hidden
-            held = self.block + self.felt + (earlier if self.recipe.needs_exact_stream else 0)
+            held = self.block + self.felt + (earlier if self.recipe.needs_exact_stream else 0) + solved
             for name, size in self._stage(inputs, outputs, tail=tail):
                 yield f"{name} linears of {inputs} inputs", held + size
             earlier = 0 if tail else earlier + self.element * inputs * outputs
+            solved += inputs * outputs if self.recipe.tune else 0
+        if self.recipe.tune:
+            yield "while scales are tuned", self.block + self.felt + self._tuning()
 
     @property
     def block(self) -> int:
@@ -130,12 +135,12 @@ class _Making:
         return 4 * _SIDE * sum(outputs for _, outputs in self.shapes.stages) if self.recipe.output else 0
 
     def gradient_shelves(self) -> int:
-        """``gradients.output_moments``: what enters every block gives way to the moments on the way back."""
+        """``gradients._Ways.reserve``: what enters every block gives way to moments on the way back, if no larger."""
         if not self.recipe.output:
             return 0
         tokens = min(self.samples * self.seq_len, max(_GRADIENT_TOKENS, self.seq_len))
         states = tokens * self.shapes.hidden * self.element
-        return 3 * states + len(self.shapes.caches) * max(states, self.felt)
+        return 3 * states + len(self.shapes.caches) * (states + (self.felt if self.felt > states else 0))
 
     def _stage(self, inputs: int, outputs: int, *, tail: bool) -> Iterator[tuple[str, int]]:
         """Linears with one input; ``stage_moments.Gathered``, then ``stage_solver.solve_stage``."""
@@ -189,9 +194,23 @@ class _Making:
         return self.seq_len * self.element * (3 * self._inner() + 4 * self.shapes.hidden)
 
     def _returning(self) -> int:
-        """One sample on its way back, with all that was kept for it, and the sums of its block's g g^T."""
+        """One sample on its way back, and the sums of its block's g g^T."""
+        return self._backwards() + 2 * self.felt
+
+    def _backwards(self) -> int:
+        """One sample on its way back, with all that was kept for it."""
         stream = self.seq_len * self.shapes.hidden
-        return self.seq_len * self._inner() * 8 * self.element + stream * (14 * self.element + 32) + 2 * self.felt
+        return self.seq_len * self._inner() * 8 * self.element + stream * (14 * self.element + 32)
+
+    def _tuning(self) -> int:
+        """``tuning.tuned_scales``: beside a block its codes, its weights once more and their gradients.
+
+        Ten matrices of its scales (they themselves, zeros, moves, what Adam keeps, gradients); and one lesson on its
+        way back, or a weight that is made of its codes.
+        """
+        codes = self.block // self.element
+        lesson = 2 * self.seq_len * self.shapes.hidden * self.element
+        return codes + 40 * codes // _GROUP + 2 * self.block + max(lesson + self._backwards(), 16 * self._widest())
 
     def _inner(self) -> int:
         return max(inputs for inputs, _ in self.shapes.stages)

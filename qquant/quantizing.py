@@ -35,10 +35,6 @@ _LOOSE = 0.75  # predictions so much too high cost more bytes than another run i
 _PROBE_TOKENS = 32  # length of the made-up sample that proves a checkpoint made without data
 
 
-class _ChooseAgain(Exception):
-    """What was quantized is further from the original than was asked for, or much nearer."""
-
-
 def quantize_checkpoint(
     model: str | Path,
     samples: Sequence[Sample] | None,
@@ -134,12 +130,15 @@ def quantize_checkpoint(
         on_module=on_module or (lambda record: None),
         on_progress=on_progress,
     )
-    identity = making.identity(tensor_parallel=tensor_parallel) if together.writer else {}
+    with together.agreed():
+        identity = making.identity(tensor_parallel=tensor_parallel) if together.writer else {}
     with going_on(target, QUANTIZED_FOLDER, identity, overwrite=overwrite, ranks=together, number=number) as run:
         if not run.sealed:
-            if together.writer:
-                run.refuse_full_disk(sum(spec.nbytes for spec in plan.values()) + shelves)
+            with together.agreed():
+                if together.writer:
+                    run.refuse_full_disk(sum(spec.nbytes for spec in plan.values()) + shelves)
             making.make(run)
+            run.finish("made", True)
             if together.writer:
                 before_sealing(run)
                 making.describe(run)
@@ -158,6 +157,7 @@ def quantize_mixed(
     on_choice: Callable[[Choice, float | None], None] = lambda choice, before: None,
     on_module: Callable[[ModuleRecord], None] | None = None,
     on_progress: OnProgress = unheard,
+    max_memory: int | None = None,
 ) -> tuple[QuantizeLog, Divergence]:
     """Quantize a model that has been measured so that its files stay within a size, or its divergence under a limit.
 
@@ -175,6 +175,7 @@ def quantize_mixed(
         on_choice: called with what is about to be quantized, and the KL measured of what was chosen before, if any.
         on_module: as in ``quantize_checkpoint``.
         on_progress: as in ``quantize_checkpoint``.
+        max_memory: as in ``quantize_checkpoint``; what was measured before is not held to it.
 
     Returns:
         What was done to each module, and the KL that was measured.
@@ -185,7 +186,7 @@ def quantize_mixed(
     from qquant.errors import UsageError
     from qquant.json_files import write_json
     from qquant.mixed_precision import FEW_CHECK_TOKENS, MARGIN, RECORD_NAME
-    from qquant.unfinished import work_folder
+    from qquant.unfinished import AnotherTry, work_folder
 
     assert (target_bytes is None) != (max_kl is None), "one target"
     limit = math.inf if max_kl is None else max_kl
@@ -209,12 +210,13 @@ def quantize_mixed(
         def check(run: UnfinishedRun, choice: Choice = choice, first: bool = number == 0) -> None:
             nonlocal measured, correction
             measured = mixed.measured_kl(run.result)
+            run.finish("measured", measured.kl)
             if max_kl is not None:
                 corrected = _STRICTER * measured.kl / choice.point.predicted_kl
                 loose = first and corrected < _LOOSE * correction
                 correction = corrected
                 if measured.kl > limit or (loose and choice != mixed.for_kl(limit, correction=corrected)):
-                    raise _ChooseAgain
+                    raise AnotherTry
             write_json(run.result / RECORD_NAME, mixed.record(choice, target, measured))
 
         try:
@@ -233,12 +235,11 @@ def quantize_mixed(
                 before_sealing=check,
                 also_seen=seen,
                 tensor_parallel=mixed.tensor_parallel,
+                max_memory=max_memory,
                 number=number,
             )
-        except _ChooseAgain:
+        except AnotherTry:
             continue
-        for earlier in range(number):
-            shutil.rmtree(work_folder(Path(out), earlier), ignore_errors=True)
         return log, measured or mixed.measured_kl(Path(out))  # sealed by an earlier process
     assert measured is not None
     for earlier in range(_MOST_RUNS):
@@ -333,7 +334,9 @@ def _room(
     from qquant.needs import IMPORTED_BYTES, quantizing_needs
     from qquant.shapes import model_shapes
 
-    longest = max(len(sample.input_ids) for sample in samples)
+    lengths = [len(sample.input_ids) for sample in samples]
+    longest = max(lengths)
+    count = -(-sum(lengths) // longest)  # samples of that length would be as many tokens
     sizes: dict[str, Any] = {
         "seq_len": longest,
         "device": source.device.type,
@@ -347,15 +350,18 @@ def _room(
                 f"--max-memory is for models whose memory can be predicted; leave it out: {error}"
             ) from error
         return False, 0
-    needs = quantizing_needs(shapes, config.recipe, samples=-(-len(samples) // ranks.size), **sizes)
-    disk = quantizing_needs(shapes, config.recipe, samples=len(samples), **sizes).shelf_bytes
-    if max_memory is not None:
-        taken = IMPORTED_BYTES if source.device.type == "cpu" else 0
-        return needs.spills(max_memory, imported_bytes=taken), disk
+    needs = quantizing_needs(shapes, config.recipe, samples=-(-count // ranks.size), **sizes)
+    disk = quantizing_needs(shapes, config.recipe, samples=count, **sizes).shelf_bytes
     on_cpu = source.device.type == "cpu"
-    free = free_memory_bytes() // ranks.size if on_cpu else torch.cuda.mem_get_info(source.device)[0]
-    needs.spills(free, imported_bytes=0)  # whether it fits at all
-    return needs.spills(max(free // 2, needs.fixed_bytes), imported_bytes=0), disk
+    if max_memory is not None:
+        spills = needs.spills(max_memory, imported_bytes=IMPORTED_BYTES if on_cpu else 0)
+    else:
+        free = free_memory_bytes() // ranks.neighbours if on_cpu else torch.cuda.mem_get_info(source.device)[0]
+        needs.spills(free, imported_bytes=0)  # whether it fits at all
+        spills = needs.spills(max(free // 2, needs.fixed_bytes), imported_bytes=0)
+    if spills:
+        say_once(f"activations, {needs.activation_bytes / 1e9:.2f} GB, are kept on the disk to stay within memory")
+    return spills, disk
 
 
 def _refuse_ranks(ranks: Ranks, config: QuantizeConfig, samples: int) -> None:

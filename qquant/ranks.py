@@ -48,11 +48,12 @@ class Ranks:
         rank: of this process.
         size: how many there are.
         device: where tensors that come on a GPU are to be.
+        neighbours: how many of them are on this machine.
     """
 
-    def __init__(self, rank: int, size: int, device: str = "cpu") -> None:
+    def __init__(self, rank: int, size: int, device: str = "cpu", *, neighbours: int = 1) -> None:
         """Know the numbers; ``joined`` makes the connections."""
-        self.rank, self.size, self.writer = rank, size, rank == 0
+        self.rank, self.size, self.writer, self.neighbours = rank, size, rank == 0, neighbours
         self.sent: dict[str, int] = {"moments": 0, "solutions": 0, "other": 0}
         """Payload bytes that this rank sent to others, as if to each of them by itself."""
         self._device = device
@@ -254,7 +255,7 @@ def joined(device_name: str, *, patience: timedelta = _PATIENCE) -> Iterator[tup
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
-        yield Ranks(rank, size, device), device
+        yield Ranks(rank, size, device, neighbours=_variable("LOCAL_WORLD_SIZE", size)), device
     finally:
         dist.destroy_process_group()
 
@@ -299,6 +300,6 @@ def _peers() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RankLostError(
-            "another rank ended, or did not come; what was finished is saved, the same command goes on, with any "
-            "number of ranks"
+            "another rank ended, or did not come, and its own message says why; unless that says otherwise, what was "
+            "finished is saved, and the same command goes on with any number of ranks"
         ) from error

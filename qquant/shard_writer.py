@@ -1,7 +1,7 @@
 """Safetensors folders whose tensors arrive late: every file has its final size and header from the start.
 
 So disk space is taken before anything is computed, no tensor waits in memory, and a run that was cut off can go on
-in the same files. Reading is shards.py.
+in the same files. Reading is shards.py; here it is only put behind a check that a file is as we left it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qquant.errors import DoesNotFitError
-from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, TensorSpec, bytes_of
+from qquant.errors import BadModelError, DamagedWorkError, DoesNotFitError
+from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, bytes_of
 
 _SPARE_BYTES = 16 * 2**20
 """Left free beside what a plan takes."""
+_ONE_FILE = 1 << 62  # bytes
+_CRC = ".crc32"
+"""Behind a tensor's name: that of its checksum, in the same file."""
 
 
 class ShardWriter:
@@ -33,13 +39,21 @@ class ShardWriter:
         plan: every tensor that will be written, in the order in which they are laid out.
         max_shard_bytes: a new shard begins before one grows past this.
         going_on: keep the files of an earlier writer with the same plan, and what is in them.
+        anew: where such files hold what is finished, what a user does if one of them is lost; None: it is made again.
 
     Raises:
         DoesNotFitError: less disk space is free than the plan needs.
+        DamagedWorkError: a file that holds what is finished is not there or has another layout.
     """
 
     def __init__(
-        self, folder: Path, plan: Mapping[str, TensorSpec], *, max_shard_bytes: int, going_on: bool = False
+        self,
+        folder: Path,
+        plan: Mapping[str, TensorSpec],
+        *,
+        max_shard_bytes: int,
+        going_on: bool = False,
+        anew: str | None = None,
     ) -> None:
         """Create all shards; the disk space is taken from here on."""
         self._folder = folder
@@ -55,6 +69,8 @@ class ShardWriter:
         for file_name, layout in files.items():
             self._places |= {name: (file_name, start) for name, start in layout.starts.items()}
         missing = [name for name in names if not (going_on and files[name].is_of(folder / name))]
+        if missing and anew is not None:
+            raise _damaged(f"{folder / missing[0]} is missing or damaged", anew)
         needed, free = sum(files[name].size for name in missing), shutil.disk_usage(folder).free
         if missing and needed + _SPARE_BYTES > free:
             raise DoesNotFitError(
@@ -67,7 +83,10 @@ class ShardWriter:
             weight_map = {name: self._places[name][0] for name in plan}
             total = sum(spec.nbytes for spec in plan.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+            file = folder / INDEX_NAME
+            if not file.is_file() or file.read_bytes() != text:
+                file.write_bytes(text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; dtype and shape must be the planned ones."""
@@ -108,6 +127,72 @@ class ShardWriter:
         """Check that every planned tensor was written and force all files to disk."""
         assert not self._unwritten, f"never written: {sorted(self._unwritten)}"
         self.sync()
+
+
+class CheckedTensors:
+    """A folder with one file of tensors that are written and read in turns, by several processes, and later ones.
+
+    Each has a checksum beside it, which whoever did not write the tensor himself compares once.
+
+    Args:
+        folder: existing folder.
+        specs: every tensor.
+        anew: what a user does where the file is damaged.
+        kept: whether the file has been made before and holds what is finished.
+
+    Raises:
+        DoesNotFitError: as ``ShardWriter``.
+        DamagedWorkError: as ``ShardWriter``.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], *, anew: str, kept: bool) -> None:
+        """Open the file, or make it."""
+        plan = {**specs, **{f"{name}{_CRC}": TensorSpec("I64", ()) for name in specs}}
+        lost = anew if kept else None
+        self._writer = ShardWriter(folder, plan, max_shard_bytes=_ONE_FILE, going_on=True, anew=lost)
+        self._reader, self._folder, self._anew = CheckpointReader(folder), folder, anew
+        self._sound: set[str] = set()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Keep one tensor, or replace it."""
+        self._writer.write(name, tensor)
+        self._writer.write(f"{name}{_CRC}", _checksum(tensor))
+        self._sound.add(name)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU; DamagedWorkError if it is not what was written."""
+        with our_own(self._folder, self._anew):
+            tensor = self._reader.read(name)
+            if name not in self._sound:
+                if not torch.equal(_checksum(tensor), self._reader.read(f"{name}{_CRC}")):
+                    raise BadModelError(f"the checksum of {name} differs")
+                self._sound.add(name)
+        return tensor
+
+    def sync(self) -> None:
+        """Wait until everything written here is on the disk."""
+        self._writer.sync()
+
+
+@contextmanager
+def our_own(folder: Path, anew: str) -> Iterator[None]:
+    """Around reading a folder that we wrote: what is bad in it was damaged since.
+
+    Raises:
+        DamagedWorkError: in the place of BadModelError; ``anew`` says what a user does.
+    """
+    try:
+        yield
+    except BadModelError as error:
+        raise _damaged(f"{folder} is damaged ({error})", anew) from error
+
+
+def _damaged(what: str, anew: str) -> DamagedWorkError:
+    return DamagedWorkError(f"what is finished must stay as it was written, and {what}; {anew} to begin anew")
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    return torch.tensor(zlib.crc32(bytes_of(tensor.detach().cpu().contiguous().reshape(-1))))
 
 
 class _Layout:

@@ -10,7 +10,7 @@ Sources: one block's output as the aim, BRECQ, arXiv:2102.05426; Adam, arXiv:141
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,27 @@ class Lesson:
         return self.wanted.shape[1] if self.mask is None else int(self.mask.sum())
 
 
+class Lessons(Sequence[Lesson]):
+    """Lessons that are made when one is asked for, so that samples on the disk stay there until then."""
+
+    def __init__(self, count: int, made: Callable[[int], Lesson]) -> None:
+        """Begin.
+
+        Args:
+            count: how many there are.
+            made: the lesson of a number from 0 on, the same each time.
+        """
+        self._count, self._made = count, made
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Lesson:  # type: ignore[override]
+        if not 0 <= i < self._count:
+            raise IndexError(i)
+        return self._made(i)
+
+
 class _Dequantize(torch.autograd.Function):
     """Weights of codes and scales; keeps the codes for the way back, not what they stand for."""
 
@@ -93,6 +114,7 @@ def tuned_scales(
         block: the quantized weights are in place. Read, never written.
         solved: inner name of each quantized linear -> its codes and scales.
         lessons: one sample in 8, at least the last, judges the outcome; all others are trained on, in their order.
+            Each is asked for when it is used, and no two are held at a time.
         steps: of Adam.
         rate: size of the first step, as a share of a scale.
 
@@ -100,20 +122,16 @@ def tuned_scales(
         Inner name -> [out, groups] float32, exactly representable in float16; None where samples that were held out
         say that the old ones are as good, or where none can be held out.
     """
-    held, taught = (
-        lessons[HELD_OUT - 1 :: HELD_OUT] or lessons[-1:],
-        [lesson for i, lesson in enumerate(lessons) if i % HELD_OUT != HELD_OUT - 1],
-    )
-    if len(lessons) < HELD_OUT:
-        taught = taught[:-1]
+    held = list(range(HELD_OUT - 1, len(lessons), HELD_OUT)) or [len(lessons) - 1]
+    taught = [i for i in range(len(lessons)) if i not in held]
     if not taught:
         return None
     moves = {name: torch.zeros_like(solution.scales) for name, solution in solved.items()}
     first = {name: torch.zeros_like(move) for name, move in moves.items()}
     second = {name: torch.zeros_like(move) for name, move in moves.items()}
-    batches = _batches(taught)
+    batches = _batches(lessons, taught)
     for step in range(steps):
-        slopes = _slopes(block, solved, moves, next(batches))
+        slopes = _slopes(block, solved, moves, lessons, next(batches))
         pace = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         for name, slope in slopes.items():
             first[name].lerp_(slope, 1 - _BETAS[0])
@@ -122,28 +140,36 @@ def tuned_scales(
             moves[name] -= pace / (1 - _BETAS[0] ** (step + 1)) * first[name] / size
             moves[name].clamp_(-_FARTHEST, _FARTHEST)
     found = {name: _storable(solution.scales, moves[name]) for name, solution in solved.items()}
-    before = _error(block, {}, held)
-    after = _error(block, {name: replace(solved[name], scales=scales) for name, scales in found.items()}, held)
+    before = _error(block, {}, lessons, held)
+    trained = {name: replace(solved[name], scales=scales) for name, scales in found.items()}
+    after = _error(block, trained, lessons, held)
     return found if after < before else None
 
 
-def _batches(lessons: Sequence[Lesson]) -> Iterator[list[Lesson]]:
-    """Whole samples of about ``BATCH_TOKENS``, in order, again and again."""
-    batch: list[Lesson] = []
+def _batches(lessons: Sequence[Lesson], taught: Sequence[int]) -> Iterator[dict[int, int]]:
+    """Whole samples of about ``BATCH_TOKENS`` with their tokens, in order, again and again."""
+    tokens: dict[int, int] = {}
+    batch: dict[int, int] = {}
     while True:
-        for lesson in lessons:
-            batch.append(lesson)
-            if sum(one.tokens for one in batch) >= BATCH_TOKENS or len(batch) >= len(lessons):
+        for i in taught:
+            if i not in tokens:
+                tokens[i] = lessons[i].tokens
+            batch[i] = tokens[i]
+            if sum(batch.values()) >= BATCH_TOKENS or len(batch) >= len(taught):
                 yield batch
-                batch = []
+                batch = {}
 
 
 def _slopes(
-    block: nn.Module, solved: Mapping[str, Solution], moves: Mapping[str, Tensor], batch: Sequence[Lesson]
+    block: nn.Module,
+    solved: Mapping[str, Solution],
+    moves: Mapping[str, Tensor],
+    lessons: Sequence[Lesson],
+    batch: Mapping[int, int],
 ) -> dict[str, Tensor]:
     """The gradient of a batch's mean error with respect to the moves."""
     leaves = {name: move.detach().clone().requires_grad_() for name, move in moves.items()}
-    tokens = max(1, sum(lesson.tokens for lesson in batch))
+    tokens = max(1, sum(batch.values()))
     with torch.enable_grad():
         weights = {
             f"{name}.weight": _Dequantize.apply(  # type: ignore[no-untyped-call]
@@ -153,24 +179,23 @@ def _slopes(
         }
         # One sample at a time, so that only its activations are in memory.
         inner = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        for lesson in batch:
-            error = lesson.error(_run(block, inner, lesson)) / tokens
+        for i in batch:
+            error = _missed(block, inner, lessons[i]) / tokens
             error.backward()
         torch.autograd.backward(list(weights.values()), [weight.grad for weight in inner.values()])
     return {name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()}
 
 
-def _run(block: nn.Module, weights: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
+def _missed(block: nn.Module, weights: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
     output = functional_call(block, dict(weights), (lesson.hidden,), dict(lesson.call))
-    leaving = first_output(output)
-    return leaving
+    return lesson.error(first_output(output))
 
 
 @torch.no_grad()
-def _error(block: nn.Module, solved: Mapping[str, Solution], lessons: Sequence[Lesson]) -> float:
-    """Summed over the lessons, with these linears in place of the block's own."""
+def _error(block: nn.Module, solved: Mapping[str, Solution], lessons: Sequence[Lesson], held: Sequence[int]) -> float:
+    """Summed over the lessons that are held out, with these linears in place of the block's own."""
     weights = {f"{name}.weight": solution.weight().to(_dtype(block, name)) for name, solution in solved.items()}
-    return sum(float(lesson.error(_run(block, weights, lesson))) for lesson in lessons)
+    return sum(float(_missed(block, weights, lessons[i])) for i in held)
 
 
 def _dtype(block: nn.Module, name: str) -> torch.dtype:

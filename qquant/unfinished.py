@@ -12,20 +12,28 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from qquant.errors import BadDataError, BadModelError, DoesNotFitError, NumericError, StoppedError, UsageError
+from qquant.errors import (
+    BadDataError,
+    BadModelError,
+    DamagedWorkError,
+    DoesNotFitError,
+    NumericError,
+    StoppedError,
+    UsageError,
+)
 from qquant.identity import sha256
-from qquant.journal import Journal
+from qquant.journal import Journal, alone
 from qquant.publish import Kind, put_in_place, refuse_existing, sync, sync_folder
 from qquant.ranks import ALONE, Ranks
-from qquant.shard_writer import ShardWriter
-from qquant.shards import CheckpointReader, TensorSpec
+from qquant.shard_writer import CheckedTensors, ShardWriter, our_own
+from qquant.shards import TensorSpec
 
 _log = logging.getLogger("qquant")
 
@@ -33,10 +41,15 @@ _JOURNAL = "journal.jsonl"
 _RESULT = "result"
 _SEALED = "sealed"
 _MOST_TRIES = 16
-_ONE_FILE = 1 << 62  # bytes; a shelf is never split
+_SHELF = "shelf: "
+"""In front of a shelf's name: the key that says whether it has been made, and not dropped since."""
 _AGAIN = "the same command"
 _OF_THE_INPUT = (BadModelError, BadDataError, NumericError)
 """What the same run would meet again, and another cannot use what is finished."""
+
+
+class AnotherTry(Exception):
+    """No error: a run has served its end, unpublished, and another try for the same output comes next."""
 
 
 class Shelf(Protocol):
@@ -46,7 +59,7 @@ class Shelf(Protocol):
         """Keep one tensor, or replace it."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """One tensor, on the CPU; DamagedWorkError if it is not what was written."""
 
     def sync(self) -> None:
         """Wait until everything written here is on the disk."""
@@ -109,21 +122,6 @@ class _InMemory:
         pass
 
 
-class _OnDisk:
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
-        self._writer = ShardWriter(folder, specs, max_shard_bytes=_ONE_FILE, going_on=True)
-        self._reader = CheckpointReader(folder)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        self._writer.write(name, tensor)
-
-    def read(self, name: str) -> Tensor:
-        return self._reader.read(name)
-
-    def sync(self) -> None:
-        self._writer.sync()
-
-
 class UnfinishedRun(Run):
     """A run with a folder of its own; made by ``going_on``."""
 
@@ -166,21 +164,48 @@ class UnfinishedRun(Run):
             raise StoppedError(f"stopped; what is finished is saved in {self.folder}, and {_AGAIN} goes on from there")
 
     def shelf(self, name: str, specs: Mapping[str, TensorSpec]) -> Shelf:
-        """The shelf of that name, a folder with one safetensors file; every rank writes and reads it."""
-        folder = self.folder / name
-        if self.ranks.writer:
-            folder.mkdir(exist_ok=True)
-            made = _OnDisk(folder, specs)
-            sync_folder(folder)
-            sync(self.folder)
-        self.ranks.barrier()
-        return made if self.ranks.writer else _OnDisk(folder, specs)
+        """The shelf of that name, a folder with one safetensors file; every rank writes and reads it.
+
+        Raises:
+            DamagedWorkError: it was made before, and is not there or damaged.
+        """
+        if name not in self._shelves:
+            folder, key = self.folder / name, f"{_SHELF}{name}"
+            kept, anew = bool(self.finished(key)), _anew(self.folder)
+            with self.ranks.agreed(), our_own(folder, anew):
+                if self.ranks.writer:
+                    folder.mkdir(exist_ok=True)
+                    self._shelves[name] = CheckedTensors(folder, specs, anew=anew, kept=kept)
+                    sync_folder(folder)
+                    sync(self.folder)
+            if not kept:
+                self.keep(key, True)
+            if not self.ranks.writer:
+                self._shelves[name] = CheckedTensors(folder, specs, anew=anew, kept=True)
+        return self._shelves[name]
 
     def drop(self, name: str) -> None:
         """Give up a shelf and its space, when every rank is done with it."""
         self.ranks.barrier()
+        self._shelves.pop(name, None)
+        if self.finished(key := f"{_SHELF}{name}"):
+            self.keep(key, False)
         if self.ranks.writer and (self.folder / name).is_dir():
             shutil.rmtree(self.folder / name)
+
+    def begin_result(self, plan: Mapping[str, TensorSpec], *, max_shard_bytes: int) -> None:
+        """Take the disk space of the result's tensors, or go on in its files, before any piece is kept.
+
+        Raises:
+            DoesNotFitError: the disk has too little of it.
+            DamagedWorkError: pieces are finished, and a file is not there or has another layout.
+        """
+        anew = _anew(self.folder) if self._pieces else None
+        with self.ranks.agreed():
+            if self.ranks.writer:
+                self.writer = ShardWriter(self.result, plan, max_shard_bytes=max_shard_bytes, going_on=True, anew=anew)
+                sync_folder(self.result)
+                sync(self.folder)
 
     def refuse_full_disk(self, needed: int) -> None:
         """Raise DoesNotFitError if all that the run will write does not fit beside what it has written already."""
@@ -191,6 +216,10 @@ class UnfinishedRun(Run):
                 f"the result and the work on it take {needed / 1e9:.2f} GB of disk, {(free + taken) / 1e9:.2f} GB are "
                 f"free at {self.folder.parent}; free some space or choose another output"
             )
+
+    def own_result(self) -> AbstractContextManager[None]:
+        """Around reading the result before it is published, see ``shard_writer.our_own``."""
+        return our_own(self.result, _anew(self.folder))
 
     @property
     def sealed(self) -> bool:
@@ -207,11 +236,20 @@ class UnfinishedRun(Run):
             if not self.sealed:
                 sync_folder(self.result)
                 self.keep(_SEALED, _seal_of(self.result))
-            if not _is_published(self._out, self.finished(_SEALED)):
+            if not _carries(self._out, self.finished(_SEALED)):
                 refuse_existing(self._out, self._kind, overwrite=self._overwrite)
                 put_in_place(self.result, self._out, aside=self.folder / "replaced")
+            self._take_other_tries()
             self.remove()
         self.ranks.barrier()
+
+    def _take_other_tries(self) -> None:
+        """Move what other tries for the same output left into this run's folder, to be removed with it."""
+        for folder in _tries(self._out):
+            if folder != self.folder and (folder / _JOURNAL).is_file():
+                with suppress(UsageError), alone(folder / _JOURNAL):  # one that is at work looks after itself
+                    shutil.rmtree(self.folder / folder.name, ignore_errors=True)
+                    folder.rename(self.folder / folder.name)
 
     def remove(self) -> None:
         """Remove the run's folder, the journal last: without one the rest would be nobody's."""
@@ -222,7 +260,7 @@ class UnfinishedRun(Run):
                 elif path.name != _JOURNAL:
                     path.unlink()
             self._journal.remove()
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # not there, or someone else's file is in it by now
                 self.folder.rmdir()
 
 
@@ -234,12 +272,19 @@ def work_folder(out: Path, number: int = 0) -> Path:
 
 def refuse_output(out: Path, kind: Kind, *, overwrite: bool) -> None:
     """As ``refuse_existing``, but for an output that is complete and whose run only had no time to tidy up."""
-    tries = (work_folder(out, number) for number in range(_MOST_TRIES))
-    if not any(_is_published(out, _sealed(folder)) for folder in tries):
-        if out.exists():
+    if not any(_carries(out, _sealed(folder)) for folder in _tries(out)):
+        for folder in _tries(out) if out.exists() else ():
             with suppress(OSError):  # not there, or not empty: all that a run may leave that was killed as it tidied up
-                work_folder(out).rmdir()
+                folder.rmdir()
         refuse_existing(out, kind, overwrite=overwrite)
+
+
+def _anew(folder: Path) -> str:
+    return f"delete {folder}"
+
+
+def _tries(out: Path) -> Iterator[Path]:
+    return (work_folder(out, number) for number in range(_MOST_TRIES))
 
 
 @contextmanager
@@ -250,7 +295,7 @@ def going_on(
 
     While it lasts SIGINT and SIGTERM let the piece of work at hand be finished and end in StoppedError; a second signal
     ends at once. If it ends before anything is finished, or by an error that the model, the data or its numbers would
-    cause again, nothing is left of it.
+    cause again, nothing is left of it; everything is left if files of its own are damaged.
 
     Args:
         out: folder to make, by ``UnfinishedRun.publish``.
@@ -261,19 +306,20 @@ def going_on(
         number: of this try, where several are made for one ``out``.
 
     Raises:
-        UsageError: ``out`` may not be made, another run is at work on it, or what was cut off was another run.
+        UsageError: ``out`` may not be made, another run is at work on it, what was cut off was another run, or its
+            result was put in place and taken away.
         StoppedError: a stop was asked for.
     """
     out, folder = out.absolute(), work_folder(out.absolute(), number)
     if not ranks.writer:
+        with ranks.agreed():
+            pass  # the writer looks whether there can be a run
         with _listening(UnfinishedRun(out, folder, kind, None, ranks, overwrite=overwrite)) as run:
             yield run
         return
-    refuse_output(out, kind, overwrite=overwrite)
-    if folder.exists() and not (folder / _JOURNAL).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"a run keeps its unfinished work in {folder}, and that is something else; move it away")
-    journal = Journal(folder / _JOURNAL, identity, resume=True, again=_AGAIN, anew=f"delete {folder}")
-    with journal.alone():
+    with ExitStack() as held:
+        with ranks.agreed():
+            journal = held.enter_context(_opened(out, folder, kind, identity, overwrite=overwrite))
         run = UnfinishedRun(out, folder, kind, journal, ranks, overwrite=overwrite)
         if len(journal):
             _log.warning("going on with the run in %s", folder)
@@ -281,11 +327,29 @@ def going_on(
             with _listening(run):
                 yield run
         except BaseException as error:
-            if not len(journal) or isinstance(error, _OF_THE_INPUT):
+            damaged = isinstance(error, DamagedWorkError)
+            if not len(journal) or (isinstance(error, _OF_THE_INPUT) and not damaged):
                 run.remove()
-            elif not isinstance(error, StoppedError):
+            elif not damaged and not isinstance(error, (StoppedError, AnotherTry)):
                 _log.warning("what is finished is kept in %s; %s goes on from there", folder, _AGAIN)
             raise
+
+
+@contextmanager
+def _opened(out: Path, folder: Path, kind: Kind, identity: Mapping[str, Any], *, overwrite: bool) -> Iterator[Journal]:
+    """The journal of a run that may begin or go on; meanwhile no other run has it."""
+    refuse_output(out, kind, overwrite=overwrite)
+    if folder.exists() and not (folder / _JOURNAL).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"a run keeps its unfinished work in {folder}, and that is something else; move it away")
+    journal = Journal(folder / _JOURNAL, identity, resume=True, again=_AGAIN, anew=_anew(folder))
+    with journal.alone():
+        seal = dict(journal.items()).get(_SEALED)
+        if seal is not None and not (_carries(out, seal) or _carries(folder / _RESULT, seal)):
+            raise UsageError(
+                f"the run in {folder} has put its result in place, and it is not at {out} any more; {_anew(folder)} to "
+                "begin anew"
+            )
+        yield journal
 
 
 @contextmanager
@@ -315,9 +379,10 @@ def _seal_of(result: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(result.glob("manifest.json"))}
 
 
-def _is_published(out: Path, seal: Mapping[str, str] | None) -> bool:
+def _carries(folder: Path, seal: Mapping[str, str] | None) -> bool:
+    """Whether a folder, the result or what was published, is the one that was sealed."""
     named = (seal or {}).items()
-    return bool(named) and all((out / name).is_file() and sha256(out / name) == digest for name, digest in named)
+    return bool(named) and all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in named)
 
 
 def _sealed(folder: Path) -> Mapping[str, str] | None:

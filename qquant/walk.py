@@ -31,7 +31,7 @@ from qquant.stage_moments import Gathered
 from qquant.stage_records import DONE, FOLDED, piece_of
 from qquant.stage_solver import Solved, solve_stage
 from qquant.telling import say_once
-from qquant.tuning import Lesson, tuned_scales
+from qquant.tuning import Lesson, Lessons, tuned_scales
 from qquant.unfinished import Run
 
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
@@ -113,8 +113,11 @@ class Walk:
         self._streams = streams or in_memory(stream.hidden, with_exact=self.config.recipe.needs_exact_stream)
         stream.hidden = self._streams.hidden
         count = len(block_list(self.source.model, self.source.layout))
+        if self.config.recipe.tune and not self._streams.restored:
+            self._streams.commit(self._streams.block, always=True)  # tuning asks again for what enters a block
         for index in range(self._streams.block, count):
-            block = self.source.load(index)
+            with ranks.agreed():
+                block = self.source.load(index)
             self.source.prefetch(index + 1)
             self._block(block, f"{self.source.layout.blocks}.{index}", [calls[index] for calls in stream.calls])
             self.source.release(index)
@@ -128,7 +131,7 @@ class Walk:
         names = [f"{prefix}.{name}" for name in linears(block)]
         self._felt = {name: self.outputs[name] for name in names if name in self.outputs}
         self._fold(block, prefix, calls)
-        entering = [hidden[i] for i in self._mine] if self.config.recipe.tune else []
+        entering = self._streams.entering() if self.config.recipe.tune else None
         if not self.config.needs_data:
             for name in linears(block):
                 if not self._found_finished(block, prefix, [name]):
@@ -140,7 +143,7 @@ class Walk:
         else:
             for unit in units:
                 self._unit(block, prefix, unit, calls)
-        if self.config.recipe.tune:
+        if entering is not None:
             self._tune(block, prefix, entering, calls)
         with self.unfinished.ranks.agreed():
             check_finite(((i, hidden[i]) for i in self._mine), prefix)
@@ -173,14 +176,14 @@ class Walk:
         if self.unfinished.finished(key := f"{FOLDED}{prefix}") is None:
             self.unfinished.finish(key, sorted(changed))
 
-    def _tune(self, block: nn.Module, prefix: str, entering: list[Tensor], calls: Calls) -> None:
+    def _tune(self, block: nn.Module, prefix: str, entering: Callable[[int], Tensor], calls: Calls) -> None:
         """Train the scales of a block whose linears are all solved, and hand the solutions on."""
         # What the last unit adds to the residual stream is felt as the stream behind it is.
         units, exact, masks = self.source.layout.units, self._streams.exact, self._stream.masks
         assert exact is not None
         felt = None if units is None else self._felt.get(f"{prefix}.{units[-1].tail}")
         felt = None if felt is None else damped(felt, OUTPUT_DAMP)
-        lessons = [Lesson(*parts, felt) for parts in zip(entering, calls, exact, masks, strict=True)]
+        lessons = Lessons(len(calls), lambda i: Lesson(entering(i), calls[i], exact[i], masks[i], felt))
         solved = {name.removeprefix(f"{prefix}."): solution for name, _, solution, _ in self._solved}
         found = tuned_scales(block, solved, lessons, self.config.recipe.tune) if solved else None
         for name, layer, solution, config in self._solved:
@@ -193,8 +196,8 @@ class Walk:
         self._untold.clear()
         self.unfinished.keep(f"{DONE}{prefix}", piece_of(records, skipped))
         if found is not None:
-            for i, hidden in enumerate(entering):
-                self._streams.hidden[i] = first_output(block(hidden, **calls[i]))
+            for i in self._mine:
+                self._streams.hidden[i] = first_output(block(entering(i), **calls[i]))
 
     def _unit(self, block: nn.Module, prefix: str, unit: Unit, calls: Calls) -> None:
         """Quantize one residual unit stage by stage and add its output to the stream."""
@@ -234,7 +237,8 @@ class Walk:
                 f'family write into it is not known; of method "{self.config.method}" the rest is done',
                 key="no residual",
             )
-        stages = discover_stages(block, prefix, lambda: forward(hidden[self._mine[0]], self._mine[0]))
+        with self.unfinished.ranks.agreed():
+            stages = discover_stages(block, prefix, lambda: forward(hidden[self._mine[0]], self._mine[0]))
         if self.config.true_sequential:
             for stage in stages:
                 self._stage(block, prefix, stage, forward, tail=False)

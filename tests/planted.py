@@ -275,6 +275,17 @@ def hole(words: Tensor) -> Tensor:
     return words
 
 
+def blank(*, shift: int) -> Callable[[Tensor], Tensor]:
+    """8 kB of a matrix that were never written, from so many numbers behind the start of its tenth row on."""
+
+    def change(matrix: Tensor) -> Tensor:
+        start = 9 * matrix.shape[1] + shift
+        matrix.view(-1)[start : start + 8192 // matrix.element_size()] = 0
+        return matrix
+
+    return change
+
+
 def flipped(scales: Tensor) -> Tensor:
     """One bit of a float16 exponent turned: the median scale times 2^16."""
     scales[0, 0] = scales.abs().median() * 2**16
@@ -450,6 +461,8 @@ DEFECTS: dict[str, Defect] = {
         "values", "k_proj.bias", put("model.layers.1.self_attn.k_proj.bias", float("nan"), 0)
     ),
     "an embedding that was never written": Defect("values", EMBEDDING, whole(EMBEDDING, 0)),
+    "an embedding with a hole": Defect("values", EMBEDDING, one(EMBEDDING, blank(shift=5))),
+    "an embedding with rows of zeros": Defect("values", EMBEDDING, one(EMBEDDING, blank(shift=0)), "warning"),
     "a norm that was never written": Defect("values", NORM, whole(NORM, 0)),
     "a bias that the model has not": Defect(
         "values",

@@ -14,10 +14,11 @@ from qquant.calibrate import samples_from_ids
 from qquant.capture import input_of
 from qquant.checkpoint import QUANTIZED_FOLDER
 from qquant.config import QuantizeConfig
-from qquant.errors import DoesNotFitError, StoppedError
+from qquant.errors import DamagedWorkError, DoesNotFitError, StoppedError
 from qquant.identity import sha256
 from qquant.quantizing import quantize_checkpoint
-from qquant.unfinished import UnfinishedRun, going_on
+from qquant.shards import SINGLE_NAME, CheckpointReader
+from qquant.unfinished import UnfinishedRun, going_on, work_folder
 from tests.conftest import VOCAB, Factory
 
 LENGTHS = [3, 5, 2]
@@ -61,6 +62,43 @@ def test_another_process_finds_what_was_committed_and_nothing_newer(
         for i, hidden in enumerate(old):
             assert torch.equal(streams.hidden[i], hidden)
             assert torch.equal(streams.exact[i], hidden)
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("name", ["hidden", "exact"])
+def test_a_sample_that_changed_on_the_disk_is_an_error_and_costs_nothing_else(
+    tmp_path: Path, spilled: bool, name: str
+) -> None:
+    out = tmp_path / "out"
+
+    def again(*, first: bool) -> None:
+        with going_on(out, QUANTIZED_FOLDER, {}, overwrite=False) as run:
+            streams = streams_of(run, spilled=spilled)
+            if first:
+                for i, hidden in enumerate(some_hidden()):
+                    streams.hidden[i] = hidden
+                streams.begin_exact()
+                streams.commit(3, always=True)
+                raise KeyboardInterrupt
+            streams.restore()
+            for hidden in (*streams.hidden, *(streams.exact or ())):
+                assert hidden.isfinite().all()
+
+    with pytest.raises(StoppedError):
+        again(first=True)
+    folder = work_folder(out) / f"{name}-0"
+    with (folder / SINGLE_NAME).open("r+b") as stream:
+        stream.seek(CheckpointReader(folder).entries["1"].start + 7)
+        before = stream.read(1)
+        stream.seek(-1, 1)
+        stream.write(bytes([before[0] ^ 1]))
+    with pytest.raises(DamagedWorkError, match=rf"{folder} is damaged \(the checksum of 1 differs\); delete"):
+        again(first=False)
+    with (folder / SINGLE_NAME).open("r+b") as stream:
+        stream.seek(CheckpointReader(folder).entries["1"].start + 7)
+        stream.write(before)
+    with pytest.raises(StoppedError):
+        again(first=True)
 
 
 def test_samples_moved_to_the_disk_in_the_middle_are_all_there(tmp_path: Path) -> None:

@@ -200,6 +200,14 @@ def test_model_and_samples_are_left_as_they_were(tiny_qwen2: Path) -> None:
         assert parameter.grad is None
 
 
+def steps_of(run: Run) -> list[str]:
+    return [key for key, _ in run.items() if key.startswith("gradients ")]
+
+
+def shelves_of(run: UnfinishedRun) -> set[str]:
+    return {path.name.removeprefix("gradients-") for path in run.folder.glob("gradients-*")}
+
+
 @contextmanager
 def stopped_after(pieces: int, out: Path) -> Iterator[UnfinishedRun]:
     """A run into ``out``, new or cut off before, that stops when so many pieces more are finished."""
@@ -233,15 +241,50 @@ def test_cut_off_after_any_piece_it_goes_on_to_the_same_moments(tiny_qwen2: Path
         with stopped_after(pieces, out) as run:
             streamed_moments(tiny_qwen2, samples, run)
         with stopped_after(100, out) as run:
-            assert len(list(run.items())) == pieces
+            assert len(steps_of(run)) == pieces
             found = streamed_moments(tiny_qwen2, samples, run)
-            assert len(list(run.items())) == 5
+            assert len(steps_of(run)) == 5
             assert {path.name for path in run.folder.glob("gradients-*")} == {
                 "gradients-outputs-0",
                 "gradients-outputs-1",
             }
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[name], whole[name]) for name in whole), pieces
+
+
+@pytest.mark.parametrize(("tokens", "moments_are_larger"), [(20, True), (2000, False)])
+def test_the_disk_is_taken_before_the_first_block_and_nothing_more_is_taken_later(
+    tokens: int, moments_are_larger: bool, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """Whenever it is cut off, what lies there is no larger than before; moments come where hidden states have gone."""
+    samples, sizes = some_samples(*[tokens // 10] * 10), []
+    moments = {"outputs-0", "outputs-1"}
+    with stopped_after(1, tmp_path / "out") as run:
+        streamed_moments(tiny_qwen2, samples, run)
+    assert shelves_of(run) == {"hidden-1", "hidden-2", "slopes-0", "slopes-1"} | (
+        moments if moments_are_larger else set()
+    )
+    sizes.append(sum(path.stat().st_size for path in run.folder.rglob("gradients-*/*")))
+    for _ in range(4):
+        with stopped_after(1, tmp_path / "out") as run:
+            streamed_moments(tiny_qwen2, samples, run)
+        sizes.append(sum(path.stat().st_size for path in run.folder.rglob("gradients-*/*")))
+    assert sizes == sorted(sizes, reverse=True)
+    with stopped_after(100, tmp_path / "out") as run:
+        streamed_moments(tiny_qwen2, samples, run)
+        assert shelves_of(run) == moments
+
+
+def test_whether_a_linear_has_moments_is_known_without_reading_them(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with going_on(tmp_path / "out", REPORT_FOLDER, {}, overwrite=False) as run:
+        source = StreamedModel(tiny_qwen2, dtype=torch.float32)
+        source.load_outside(with_head=False)
+        found = output_moments(source, capture(source, some_samples(12), "cpu"), "cpu", run=run)
+        monkeypatch.setattr(run, "shelf", lambda *_: pytest.fail("a shelf was opened"))
+        assert "model.layers.0.mlp.up_proj" in found
+        assert "model.layers.2.mlp.up_proj" not in found
 
 
 def test_what_is_finished_is_not_computed_again(

@@ -141,6 +141,30 @@ def test_a_run_that_is_at_work_has_its_journal_alone(path: Path, resume: bool) -
     assert len(Journal(path, RUN, resume=True)) == 0
 
 
+def test_what_another_run_finished_meanwhile_is_read_once_the_journal_is_ours(path: Path) -> None:
+    journal = Journal(path, RUN, resume=False)
+    other = Journal(path, RUN, resume=True)
+    with other.alone():
+        other.add("a", 1)
+    assert "a" not in journal
+    with journal.alone():
+        assert journal["a"] == 1
+
+
+def test_a_journal_that_was_deleted_as_it_was_opened_is_nobodys(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(path, RUN, resume=False)
+    plain = os.open
+
+    def late(file: Path, flags: int) -> int:
+        descriptor = plain(file, flags)
+        path.unlink()
+        return descriptor
+
+    monkeypatch.setattr("qquant.journal.os.open", late)
+    with pytest.raises(UsageError, match="another run is at work"), journal.alone():
+        pass
+
+
 def test_a_run_that_failed_before_any_piece_leaves_nothing(tmp_path: Path) -> None:
     path = journal_of(tmp_path / "new" / "report")
     with pytest.raises(BadDataError, match="bad"), resumable(Journal(path, RUN, resume=False), "cells"):

@@ -26,6 +26,7 @@ from qquant.sensitivity import Divergence, StageShape, divergence
 from qquant.sources import StreamedModel
 from tests.adapters import saved, trained
 from tests.conftest import CORPUS, VOCAB, Factory
+from tests.processor import BFLOAT16
 
 CONFIG = QuantizeConfig(method="gptq", bits=4, group_size=64)
 SIBLINGS = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
@@ -428,6 +429,7 @@ def test_a_target_needs_data_whatever_the_method(tiny_qwen2: Path, tmp_path: Pat
 
 
 @pytest.mark.slow  # quantizes the reference model three times
+@pytest.mark.skipif(not BFLOAT16, reason="takes minutes without AVX-512")
 def test_the_reference_model_lies_under_its_line(tmp_path: Path) -> None:
     folder = Path(__file__).parent.parent / "examples" / "reference-model"
     tokenizer = AutoTokenizer.from_pretrained(folder)

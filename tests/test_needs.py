@@ -85,17 +85,41 @@ def test_activations_go_to_the_disk_where_the_rest_fits_and_they_do_not(seven_bi
         found.spills(least - 1)
 
 
+@pytest.mark.parametrize("method", ["best", "gptq"])
+def test_tuning_takes_a_block_three_times_and_no_more_for_more_samples(seven_billion: ModelShapes, method: str) -> None:
+    """The block, its weights of codes and scales, their gradients; codes beside them; samples come one by one."""
+    weights = sum(inputs * outputs for inputs, outputs in seven_billion.stages)
+    few, many = (needed(seven_billion, f"{method}+tune", samples=samples) for samples in (128, 100_000))
+    assert few.fixed_bytes == many.fixed_bytes > needed(seven_billion, method).fixed_bytes
+    assert few.fixed_bytes > 7 * weights
+    assert few.activation_bytes == needed(seven_billion, "best").activation_bytes
+    with pytest.raises(DoesNotFitError):
+        few.spills(7 * weights + needs.IMPORTED_BYTES)
+    short = needed(shapes_of(4096, 4096, 32, 32, 32000), f"{method}+tune", seq_len=128)
+    assert short.fixed_at == "while scales are tuned"
+
+
+def test_moments_that_are_larger_than_hidden_states_have_shelves_of_their_own() -> None:
+    small = shapes_of(64, 128, 4, 2, 1000)
+    found = needed(small, "best", samples=2, seq_len=16)
+    states, felt = 2 * 16 * 64 * 2, 4 * 256 * sum(outputs for _, outputs in small.stages)
+    assert felt > states
+    assert found.shelf_bytes - 2 * found.activation_bytes == (2 + 3) * states + 2 * felt
+
+
 def test_few_samples_in_memory_take_what_they_are() -> None:
     small = shapes_of(64, 128, 4, 2, 1000)
     one, two = (needed(small, "best", samples=samples, seq_len=16) for samples in (1, 2))
     assert two.activation_bytes == 2 * one.activation_bytes == 2 * 2 * 16 * 64 * 2
 
 
-# Peaks in MB of qquant quantize --dtype float32 on a CPU, less 372 MB that its imports take: docs/plan.md.
+# Peaks in MB of qquant quantize --dtype float32 on a CPU, less 372 MB that its imports take: docs/plan.md, and the
+# last one by quantize_checkpoint.
 MEASURED: dict[str, tuple[str, tuple[int, int, int, int], int, int, float]] = {
     "a_stage": ("best", (512, 2816, 8, 4000), 8, 64, 246.0),
     "columns": ("gptq", (512, 2816, 8, 4000), 8, 64, 159.2),
     "the_proof": ("best", (256, 768, 4, 32000), 4, 512, 227.9),
+    "tuning": ("gptq+tune:2", (1024, 1024, 8, 1000), 8, 256, 217.5),
 }
 
 

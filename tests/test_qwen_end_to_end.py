@@ -26,6 +26,7 @@ from qquant.models.qwen.tokenization import SMALL_VOCABULARY, QWenTokenizer
 from qquant.models.qwen.vocabulary import DEFAULT_SYSTEM
 from qquant.quantizing import quantize_checkpoint
 from tests.make_qwen_v1 import as_qwen_v1, make_qwen_v1
+from tests.processor import BFLOAT16
 from tests.qwen_cases import INT8, int8_error
 from tests.qwen_v1 import real_vocabulary_or_skip
 
@@ -85,6 +86,7 @@ def quantize(original: Path, data: Path, out: Path, bits: int, tmp_path: Path) -
     """``python -m qquant.gptq`` with Qwen's own spelling of the options, in a process that cannot open a socket."""
     (tmp_path / "sitecustomize.py").write_text(NO_SOCKETS)
     command = ["--model_name_or_path", original, "--data_path", data, "--out_path", out, "--bits", bits]
+    command += [] if BFLOAT16 else ["--dtype", "float32"]
     finished = subprocess.run(
         [sys.executable, "-m", "qquant.gptq", *map(str, command), "--group-size", "32", "--max_len", str(MAX_LENGTH)],
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},

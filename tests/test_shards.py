@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qquant import shards
-from qquant.errors import BadModelError, DoesNotFitError, QquantError
-from qquant.shard_writer import ShardWriter
+from qquant.errors import BadModelError, DamagedWorkError, DoesNotFitError, QquantError
+from qquant.shard_writer import CheckedTensors, ShardWriter
 from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -202,6 +202,50 @@ def test_too_little_disk_is_known_before_a_file_is_made(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFitError, match="free"):
         ShardWriter(tmp_path, {"a": TensorSpec("F32", (2**50,))}, max_shard_bytes=1 << 40)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["missing", "longer", "another layout"])
+def test_a_file_that_holds_what_is_finished_is_never_made_again(tmp_path: Path, fault: str) -> None:
+    write(tmp_path, tensors := {"a": torch.ones(1000)})
+    file = tmp_path / SINGLE_NAME
+    file.unlink()
+    if fault != "missing":
+        write(tmp_path, {"b": torch.ones(1000)} if fault == "another layout" else {"a": torch.ones(1001)})
+    before = file.read_bytes() if file.exists() else None
+    with pytest.raises(DamagedWorkError, match=r"model\.safetensors is missing or damaged; delete it to begin anew"):
+        ShardWriter(tmp_path, plan_of(tensors), max_shard_bytes=1 << 40, going_on=True, anew="delete it")
+    assert (file.read_bytes() if file.exists() else None) == before
+
+
+def test_an_index_that_is_right_is_not_written_again(tmp_path: Path) -> None:
+    tensors, index = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}, tmp_path / INDEX_NAME
+    write(tmp_path, tensors, limit=100)
+    right = index.read_bytes()
+    for content in (right, right[:20]):
+        index.write_bytes(content)
+        os.utime(index, ns=(0, 0))
+        ShardWriter(tmp_path, plan_of(tensors), max_shard_bytes=100, going_on=True)
+        assert index.read_bytes() == right
+        assert (index.stat().st_mtime_ns == 0) == (content == right)
+
+
+def test_a_tensor_is_compared_with_its_checksum_by_whoever_did_not_write_it(tmp_path: Path) -> None:
+    tensors = every_kind()
+
+    def opened(*, kept: bool) -> CheckedTensors:
+        return CheckedTensors(tmp_path, plan_of(tensors), anew="delete it", kept=kept)
+
+    mine = opened(kept=False)
+    for name, tensor in tensors.items():
+        mine.write(name, tensor)
+    other = opened(kept=True)
+    for name, tensor in tensors.items():
+        assert torch.equal(other.read(name), tensor)
+    with (tmp_path / SINGLE_NAME).open("r+b") as stream:
+        stream.seek(CheckpointReader(tmp_path).entries["F32.matrix"].start)
+        stream.write(b"\x01\x02")
+    with pytest.raises(DamagedWorkError, match=r"the checksum of F32\.matrix differs\); delete it to begin anew"):
+        opened(kept=True).read("F32.matrix")
 
 
 def test_an_unwritten_tensor_is_a_bug_of_ours(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qquant
+from qquant import quantizing
+from qquant.activations import Activations
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.capture import capture
 from qquant.config import QuantizeConfig
+from qquant.errors import StoppedError
 from qquant.hooks import first_output
 from qquant.models.layouts import linears
 from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
 from qquant.solver import Solution, solve
 from qquant.sources import LoadedModel
-from qquant.tuning import HELD_OUT, RATE, Lesson, tuned_scales
+from qquant.tuning import HELD_OUT, RATE, Lesson, Lessons, tuned_scales
+from qquant.unfinished import UnfinishedRun
 from tests.block_reference import tune_slowly
 from tests.conftest import VOCAB, Factory
 
@@ -190,6 +196,32 @@ def test_scales_that_are_worse_on_held_out_samples_are_not_taken(tiny_qwen2: Pat
     assert tuned_scales(block, solved, lessons, 3) is None
 
 
+def test_no_two_lessons_are_held_at_a_time() -> None:
+    block, solved, lessons = mlp_case(count=17)
+    held: weakref.WeakSet[Lesson] = weakref.WeakSet()
+    asked: list[int] = []
+
+    def made(i: int) -> Lesson:
+        assert not held
+        asked.append(i)
+        lesson = Kept(lessons[i].hidden, lessons[i].call, lessons[i].wanted, None)
+        held.add(lesson)
+        return lesson
+
+    found = tuned_scales(block, solved, Lessons(17, made), 3)
+    expected = tuned_scales(block, solved, lessons, 3)
+    assert found is not None
+    assert expected is not None
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert set(asked) == set(range(17))
+
+
+class Kept(Lesson):
+    """One that can be told from others by what it is and not by what it holds."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+
 def test_a_single_sample_trains_nothing(tiny_qwen2: Path) -> None:
     block, solved, lessons = rounded_block(tiny_qwen2)
     assert tuned_scales(block, solved, lessons[:1], 3) is None
@@ -247,6 +279,40 @@ def test_a_checkpoint_holds_the_tuned_scales(tiny_qwen2: Path, tmp_path: Path, o
     assert {name.rpartition(".")[2] for name in different} == {"scales"}
 
 
+def test_samples_on_the_disk_are_read_one_by_one_and_give_the_same_scales(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, samples = QuantizeConfig(method="gptq+tune:2", group_size=32), some_samples(24)
+    quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "memory")
+    here, most = 0, 0
+
+    def watch(name: str) -> None:
+        read: Callable[[Activations, int], Tensor] = getattr(Activations, name)
+
+        def counted(self: Activations, i: int) -> Tensor:
+            nonlocal here, most
+            assert self.spilled
+            tensor = read(self, i)
+            here, most = here + 1, max(most, here + 1)
+            weakref.finalize(tensor, gone)
+            return tensor
+
+        monkeypatch.setattr(Activations, name, counted)
+
+    def gone() -> None:
+        nonlocal here
+        here -= 1
+
+    watch("__getitem__")
+    watch("committed")
+    monkeypatch.setattr(quantizing, "_room", lambda *_: (True, 0))
+    quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "disk")
+    one, other = (load_file(tmp_path / name / SINGLE_NAME) for name in ("memory", "disk"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert 2 <= most <= 6  # a lesson's two, and what a block makes of one
+
+
 def test_a_tuned_model_in_memory_has_the_scales_of_the_tuned_folder(tiny_qwen2: Path, tmp_path: Path) -> None:
     config, samples = QuantizeConfig(method="gptq+tune:2", group_size=32), some_samples()
     quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "out")
@@ -264,3 +330,28 @@ def test_linears_that_are_left_alone_are_not_tuned(tiny_qwen2: Path) -> None:
     model = load(tiny_qwen2)
     log = qquant.quantize_model(model, some_samples(), config)
     assert [record.name.rpartition(".")[2] for record in log.modules] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("spills", [False, True], ids=["in memory", "on the disk"])
+def test_a_tuned_run_that_is_cut_off_anywhere_goes_on_to_the_same_scales(
+    spills: bool, tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first block, between two, and behind the last."""
+    config, samples = QuantizeConfig(method="gptq+tune:1", group_size=32), some_samples(4)
+    quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "whole")
+    monkeypatch.setattr(quantizing, "_room", lambda *_: (spills, 0))
+    finish, stops = UnfinishedRun.finish, 0
+
+    def stopping(self: UnfinishedRun, key: str, piece: Any) -> None:
+        self.stop_asked = self.finished(key) != piece
+        finish(self, key, piece)
+
+    monkeypatch.setattr(UnfinishedRun, "finish", stopping)
+    while not (tmp_path / "parts").exists():
+        with suppress(StoppedError):
+            quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "parts")
+        stops += 1
+        assert stops < 12
+    assert stops >= 4
+    one, other = (load_file(tmp_path / name / SINGLE_NAME) for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

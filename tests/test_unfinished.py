@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ import torch
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.checkpoint import QUANTIZED_FOLDER
 from qquant.config import QuantizeConfig, QuantizeLog
-from qquant.errors import StoppedError, UsageError
+from qquant.errors import BadModelError, DamagedWorkError, StoppedError, UsageError
 from qquant.identity import sha256
+from qquant.journal import Journal
 from qquant.needs import Needs
 from qquant.publish import put_in_place
 from qquant.quantizing import quantize_checkpoint
-from qquant.unfinished import UnfinishedRun, going_on, work_folder
+from qquant.shard_writer import ShardWriter
+from qquant.shards import SINGLE_NAME, TensorSpec
+from qquant.unfinished import AnotherTry, UnfinishedRun, going_on, work_folder
 from tests.conftest import VOCAB, Factory
 
 ONE_BLOCK = {"num_hidden_layers": 2, "intermediate_size": 64}
@@ -62,9 +68,11 @@ def test_a_run_cut_off_after_every_piece_ends_in_the_same_bytes(
 
     def cut(run: UnfinishedRun, key: str, piece: Any) -> None:
         nonlocal pieces
+        known = run.finished(key) == piece
         plain(run, key, piece)
-        pieces += 1
-        raise Cut
+        if not known:
+            pieces += 1
+            raise Cut
 
     out = tmp_path / "cut" / "out"
     monkeypatch.setattr(UnfinishedRun, "finish", cut)
@@ -184,3 +192,189 @@ def test_a_run_cut_off_around_the_rename_is_finished_by_the_same_command(
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "manifest.json"]
     assert "bits" in (out / "config.json").read_text()
     assert left(out) == []
+
+
+def stopped(source: Path, out: Path, method: str = "gptq") -> dict[str, bytes]:
+    """A run that is told to stop at its first linear; returns the files that it kept."""
+    with pytest.raises(StoppedError):
+        quantized(source, out, method, on_module=lambda record: os.kill(os.getpid(), signal.SIGTERM))
+    return kept(out)
+
+
+def kept(out: Path) -> dict[str, bytes]:
+    folder = work_folder(out)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fault", ["deleted", "cut off", "another header", "no folder", "no shelf", "shelf cut off"])
+def test_a_lost_file_of_a_run_is_an_error_and_costs_nothing_that_is_finished(
+    checkpoint: Factory, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+    stopped(source, out)
+    file = work_folder(out) / ("hidden-0" if "shelf" in fault else "result") / SINGLE_NAME
+    if fault == "no folder":
+        shutil.rmtree(file.parent)
+    elif fault in ("deleted", "no shelf"):
+        file.unlink()
+    elif fault == "another header":
+        with file.open("r+b") as stream:
+            stream.seek(20)
+            stream.write(b"?")
+    else:
+        os.truncate(file, file.stat().st_size - 1)
+    before = kept(out)
+    caplog.clear()
+    with pytest.raises(
+        DamagedWorkError, match=rf"{file} is missing or damaged; delete .*out\.unfinished to begin anew"
+    ):
+        quantized(source, out, "gptq")
+    after = kept(out)
+    assert "is kept in" not in caplog.text, "the same command would not go on"
+    assert {name: after[name] for name in before} == before
+    shutil.rmtree(work_folder(out))
+    quantized(source, out, "gptq")
+    assert left(out) == []
+
+
+def test_a_result_that_cannot_be_read_for_its_proof_is_not_the_models_fault(
+    checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+
+    def unreadable(*_: Any, **__: Any) -> None:
+        raise BadModelError("model.safetensors is no whole file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qquant.making.reopen", unreadable)
+        with pytest.raises(DamagedWorkError, match=r"result is damaged \(model\.safetensors is no whole file\)"):
+            quantized(source, out, "gptq")
+    again: list[str] = []
+    quantized(source, out, "gptq", on_module=lambda record: again.append(record.name))
+    assert again == [], "all linears were kept"
+
+
+def test_shards_are_on_the_disk_before_a_piece_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("qquant.unfinished.sync_folder", lambda folder: done.append(f"{folder.name}/*"))
+    monkeypatch.setattr("qquant.unfinished.sync", lambda path: done.append(path.name))
+    plain = ShardWriter.__init__
+
+    def make(writer: ShardWriter, folder: Path, *given: Any, **options: Any) -> None:
+        plain(writer, folder, *given, **options)
+        done.append(f"made in {folder.name}")
+
+    monkeypatch.setattr(ShardWriter, "__init__", make)
+    with going_on(tmp_path / "out", QUANTIZED_FOLDER, {}, overwrite=False) as run:
+        run.begin_result({"a": TensorSpec("F32", (2,))}, max_shard_bytes=1 << 20)
+        assert done[-3:] == ["made in result", "result/*", "out.unfinished"]
+
+
+def sealed_run(out: Path, *, number: int = 0) -> None:
+    with going_on(out, QUANTIZED_FOLDER, {"try": number}, overwrite=False, number=number) as run:
+        if not run.sealed:
+            (run.result / "config.json").write_text('{"quantization_config": {}}')
+            (run.result / "manifest.json").write_text(json.dumps({"files": {}}))
+            run.finish("all", True)
+        run.publish()
+
+
+def test_a_result_that_was_published_and_taken_away_is_not_published_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def cut(run: UnfinishedRun) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnfinishedRun, "remove", cut)
+        with pytest.raises(Cut):
+            sealed_run(out)
+    out.rename(tmp_path / "mine")
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"not at .*out any more; delete .*out\.unfinished to begin anew"):
+            sealed_run(out)
+    assert left(out) == ["mine", "out.unfinished"]
+    shutil.rmtree(work_folder(out))
+    sealed_run(out)
+    assert left(out) == ["mine"]
+    assert (out / "manifest.json").is_file()
+
+
+def two_tries(out: Path) -> None:
+    """As a model is quantized once more whose divergence was missed."""
+    with suppress(AnotherTry), going_on(out, QUANTIZED_FOLDER, {"try": 0}, overwrite=False) as run:
+        run.shelf("large", {"a": TensorSpec("F32", (2,))})
+        run.finish("all", True)
+        raise AnotherTry
+    sealed_run(out, number=1)
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2, 3, 4, 5])
+def test_a_second_try_that_is_cut_off_as_it_tidies_up_blocks_nothing(
+    tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, calls, published = tmp_path / "out", 0, False
+
+    def cut_before(name: str) -> None:
+        plain = getattr(Path, name)
+
+        def call(path: Path, *given: Any) -> Any:
+            nonlocal calls, published
+            if published and "unfinished" in str(path):
+                calls += 1
+                if calls > moment:
+                    raise Cut
+            done = plain(path, *given)
+            published = published or (name == "rename" and path.name == "result")
+            return done
+
+        patch.setattr(Path, name, call)
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink", "rmdir"):
+            cut_before(name)
+        plain_rmtree = shutil.rmtree
+
+        def rmtree(path: Path, ignore_errors: bool = False) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                raise Cut
+            plain_rmtree(path, ignore_errors=ignore_errors)
+
+        patch.setattr("qquant.unfinished.shutil.rmtree", rmtree)
+        with suppress(Cut):
+            two_tries(out)
+    assert (out / "manifest.json").is_file()
+    with suppress(UsageError):  # the output exists, where only an empty folder was left
+        two_tries(out)
+    assert left(out) == []
+    assert (out / "manifest.json").is_file()
+
+
+def test_a_try_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with going_on(out, QUANTIZED_FOLDER, {"try": 0}, overwrite=False) as run:
+        run.finish("a", 1)
+        sealed_run(out, number=1)
+        assert (run.folder / "journal.jsonl").is_file()
+
+
+def test_another_try_is_no_error_to_tell_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "qquant"):
+        two_tries(tmp_path / "out")
+    assert caplog.text == ""
+
+
+def test_a_file_that_appears_while_a_run_tidies_up_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, plain = tmp_path / "out", Journal.remove
+
+    def remove(journal: Journal) -> None:
+        (work_folder(out) / "note").write_text("mine")
+        plain(journal)
+
+    monkeypatch.setattr(Journal, "remove", remove)
+    sealed_run(out)
+    assert [path.name for path in work_folder(out).iterdir()] == ["note"]

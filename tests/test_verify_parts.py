@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qquant import shards
 from qquant.checks.packed import PackedLinear, mean_step, packed_values
+from qquant.checks.plain import plain_values
 from qquant.checks.private_text import local_path, named, relative_path, secret, words_of_prose
 from qquant.packing import in_order, pack_codes, pack_zeros
 from qquant.rule_patterns import endless
@@ -189,3 +191,93 @@ def test_a_group_that_is_not_there_does_not_end_the_check(stored: Any) -> None:
     index[3] = 2**31 - 1
     findings = list(packed_values(*stored(g_idx=index)))
     assert [finding.check for finding in findings] == ["groups"]
+
+
+WIDTH = 4096
+
+
+@pytest.fixture
+def found_in(tmp_path: Path) -> Callable[..., list[tuple[str, str]]]:
+    """Level and text of each finding in a normally distributed matrix [64, 4096] in which something was changed."""
+
+    def look(change: Callable[[Tensor], object], dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str]]:
+        matrix = (torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+        matrix[matrix == 0] = 0.02
+        change(matrix)
+        save_file({"x": matrix}, tmp_path / "model.safetensors")
+        findings = plain_values(CheckpointReader(tmp_path), "x", filled=True, zero=False)
+        return [(finding.level, finding.text) for finding in findings]
+
+    return look
+
+
+HOLES: dict[str, tuple[int, int]] = {
+    "within a row": (9 * WIDTH + 100, 9 * WIDTH + 1100),
+    "over an end of a row": (9 * WIDTH - 300, 9 * WIDTH + 212),
+    "over several rows": (9 * WIDTH + 4000, 12 * WIDTH + 20),
+    "from the first number on": (0, 300),
+    "to the last number": (60 * WIDTH + 1000, 64 * WIDTH),
+}
+
+
+@pytest.mark.parametrize("piece", [2**24, 2 * 1000])
+@pytest.mark.parametrize(("start", "end"), list(HOLES.values()), ids=list(HOLES))
+def test_a_write_that_was_cut_off_is_found_in_a_matrix(
+    start: int, end: int, piece: int, found_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever pieces the matrix is read in."""
+    monkeypatch.setattr(shards, "_CHUNK", piece)
+    ((level, text),) = found_in(lambda matrix: matrix.view(-1)[start:end].zero_())
+    assert (level, text.split()[0]) == ("problem", str(end - start))
+
+
+def zero_columns(matrix: Tensor) -> Tensor:
+    """An MLP's padding in the linear that reads it, and channels that were taken out."""
+    matrix[:, -512:] = 0
+    matrix[:, 1000:1200] = 0
+    return matrix
+
+
+def out_of_exponent(matrix: Tensor) -> None:
+    """A token that nobody trained: decay left only its largest numbers."""
+    matrix[9] = 0
+    matrix[9, ::300] = 2.0**-24
+
+
+SOUND: dict[str, Callable[[Tensor], object]] = {
+    "nothing": lambda matrix: None,
+    "rows at the end": lambda matrix: matrix[40:].zero_(),
+    "columns": zero_columns,
+    "columns, and rows at the end": lambda matrix: zero_columns(matrix)[40:].zero_(),
+    "the row of a token for padding": lambda matrix: matrix[9].zero_(),
+    "a row beside a few zeros": lambda matrix: matrix.view(-1)[9 * WIDTH - 4 : 10 * WIDTH + 4].zero_(),
+    "half of all numbers": lambda matrix: matrix.mul_(
+        torch.rand(matrix.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    ),
+    "two numbers of four": lambda matrix: matrix.view(64, -1, 4)[..., 1:3].zero_(),
+    "numbers that ran out of exponent": out_of_exponent,
+}
+
+
+@pytest.mark.parametrize("piece", [2**24, 2 * 1000])
+@pytest.mark.parametrize("change", list(SOUND.values()), ids=list(SOUND))
+def test_zeros_that_are_meant_are_no_hole(
+    change: Callable[[Tensor], object], piece: int, found_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_CHUNK", piece)
+    assert found_in(change, torch.float16) == []
+
+
+def test_whole_rows_of_zeros_inside_are_a_warning(found_in: Any) -> None:
+    ((level, text),) = found_in(lambda matrix: matrix[9:12].zero_())
+    assert (level, text.split(";")[0]) == ("warning", "rows 9 to 11 are all zeros")
+
+
+def test_filters_of_more_dimensions_and_vectors_are_looked_at_as_what_they_are(tmp_path: Path) -> None:
+    filters, vector = torch.ones(16, 8, 8, 8), torch.ones(9000)
+    filters.view(-1)[700:2000] = 0
+    vector[100:5000] = 0
+    save_file({"x": filters, "y": vector}, tmp_path / "model.safetensors")
+    reader = CheckpointReader(tmp_path)
+    levels = [[finding.level for finding in plain_values(reader, name, filled=True, zero=False)] for name in "xy"]
+    assert levels == [["problem"], []]

@@ -74,10 +74,11 @@ def _manifest(
             yield warning("manifest", path.name, "is not named by the manifest, so nobody vouches for it")
     done = content.get("config")
     general = settings.for_module("") if settings is not None else None
-    for key in _SETTINGS if isinstance(done, dict) and general is not None else ():
-        if done.get(key) != getattr(general, key):
-            text = f"the manifest says {str(done.get(key))[:20]}, and the quantization keys say {getattr(general, key)}"
-            yield problem("manifest", key, f"{text}; one of the files is of another checkpoint")
+    if isinstance(done, dict) and general is not None:
+        for key in _SETTINGS:
+            if (named := done.get(key)) != (meant := getattr(general, key)):
+                text = f"the manifest says {str(named)[:20]}, and the quantization keys say {meant}"
+                yield problem("manifest", key, f"{text}; one of the files is of another checkpoint")
     fallbacks = content.get("fallbacks")
     for name, said in fallbacks.items() if isinstance(fallbacks, dict) else ():
         yield warning("manifest", name, f"was not quantized as asked: {str(said)[:200]}")

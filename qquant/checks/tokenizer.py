@@ -62,7 +62,7 @@ def check_tokenizer(folder: Path, rows: int | None) -> Iterator[Finding]:
         for key in _SPECIAL_IDS:
             value = content.get(key)
             for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int) and number >= rows:
+                if rows is not None and isinstance(number, int) and number >= rows:
                     text = f"is {number}, and the embedding has {rows} rows; correct it, or generation never ends"
                     yield problem("tokenizer", f"{name}: {key}", text)
 

@@ -103,8 +103,27 @@ def outcome(request: pytest.FixtureRequest, record_property: Callable[[str, obje
     record_property("outcomes", counted or {"passed": 1})
 
 
+def _mark_what_repeats(items: list[pytest.Item]) -> None:
+    """Where a module names parameters ``BESIDES`` those that make a kind, the quick part has one case of each kind.
+
+    These parameters take turns in it. All other cases belong to the long part.
+    """
+    groups: dict[tuple[Any, str], dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and hasattr(item.module, "BESIDES"):
+            kind = repr([pair for pair in item.callspec.params.items() if pair[0] not in item.module.BESIDES])
+            groups.setdefault((item.module, item.originalname), {}).setdefault(kind, []).append(item)
+    for kinds in groups.values():
+        for number, cases in enumerate(kinds.values()):
+            for place, item in enumerate(cases):
+                if place != number % len(cases):
+                    item.add_marker(pytest.mark.reliability)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The long part runs only where it is named: ``-m reliability`` alone, or ``make reliability`` all of it."""
+    _mark_what_repeats(items)
     if "reliability" in str(config.getoption("-m") or ""):
         return
     long = [item for item in items if item.get_closest_marker("reliability")]

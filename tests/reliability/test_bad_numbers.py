@@ -26,7 +26,7 @@ from qquant.refinement import balanced
 from qquant.solver import Solution, relative_error, solve
 from tests.method_reference import make_layer
 
-ROW = "bad numbers"
+ROW, BESIDES = "bad numbers", ("method", "dtype", "bits", "sym", "options")
 ROWS, COLUMNS, GROUP = 16, 64, 16
 LARGEST = float(torch.finfo(torch.float32).max)
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

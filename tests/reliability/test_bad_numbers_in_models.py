@@ -26,7 +26,7 @@ from qquant.quantizing import quantize_checkpoint
 from qquant.shards import SINGLE_NAME
 from tests.conftest import VOCAB, Factory
 
-ROW = "bad numbers in a checkpoint"
+ROW, BESIDES = "bad numbers in a checkpoint", ("method", "dtype", "value")
 SHAPE = {
     "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
     "num_key_value_heads": 1,
