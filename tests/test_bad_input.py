@@ -325,7 +325,7 @@ def test_an_interruption_leaves_only_what_is_finished(place: Path) -> None:
 def test_ctrl_c_ends_with_75_and_the_same_command_goes_on(place: Path) -> None:
     """A real process and a real signal, sent while it writes."""
     shutil.rmtree(place / "m")
-    make_checkpoint(place / "m", "qwen2", num_hidden_layers=48)  # seconds of writing, so that the signal meets it
+    make_checkpoint(place / "m", "qwen2", num_hidden_layers=12)  # long enough for the signal to meet it
     words = ["--model", str(place / "m"), "--out", str(place / "out"), "--method", "rtn", "--group-size", "32"]
     command = [sys.executable, "-m", "qquant.gptq", *words, "--device", "cpu"]
     journal = place / "out.unfinished" / "journal.jsonl"
