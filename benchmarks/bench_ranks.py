@@ -101,6 +101,8 @@ def measured(size: int, model: Path, data: Path, args: argparse.Namespace, work:
 def last_block(child: Child, rank: int) -> dict[str, int]:
     """Bytes that a rank sent during the last block, by what it wrote with --debug."""
     told = [json.loads(text) for text in re.findall(r"sent (\{[^{}]*\})", child.output)]
+    if not told:  # one rank sends nothing, and says nothing of it
+        return dict.fromkeys((*KINDS, "other"), 0)
     *_, before, after = [one for one in told if one["rank"] == rank]
     return {kind: after[kind] - before[kind] for kind in (*KINDS, "other")}
 
