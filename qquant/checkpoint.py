@@ -21,6 +21,7 @@ from qquant.columns import group_columns
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.device_map import check_places, computes_on_cpu
 from qquant.errors import BadModelError, NumericError, QquantError, UsageError
+from qquant.finite import all_finite
 from qquant.gptq_keys import METHOD, GptqFileConfig, check_keys
 from qquant.hf_plugin import GptqLoader, say_kernels, swap_linears
 from qquant.identity import sha256
@@ -33,7 +34,7 @@ from qquant.packing import packable, period
 from qquant.publish import Kind
 from qquant.rounded_head import check_head_bits, round_head
 from qquant.run_identity import versions
-from qquant.shards import CheckpointReader, TensorSpec, all_finite
+from qquant.shards import CheckpointReader, TensorSpec
 from qquant.sources import LoadedModel, StreamedModel, compute_dtype
 from qquant.text_sources import one_line
 

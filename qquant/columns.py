@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, UsageError
-from qquant.factor import MOST_RAISES, all_finite, column_order, factor_rows, inverse_factor
+from qquant.factor import MOST_RAISES, column_order, factor_rows, inverse_factor
+from qquant.finite import all_finite
 from qquant.moments import Moments
 
 _RANGE = (2.0**-100, 2.0**60)

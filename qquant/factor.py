@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qquant.errors import NumericError
+from qquant.finite import all_finite
 from qquant.methods import Order
 
 _PANEL = 256  # rows that are gathered at a time
@@ -140,11 +141,6 @@ def inverse_factor(
         f"a Hessian must become positive definite by damping, but failed up to damp_percent {damp:g}; "
         "give more or more varied calibration data, or leave this module out"
     )
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite, in one pass that makes no second tensor."""
-    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def factor_rows(inverse: Tensor, start: int, end: int) -> Tensor:

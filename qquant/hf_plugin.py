@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qquant.device_map import check_names, offloads
 from qquant.errors import BadModelError, UsageError
+from qquant.finite import all_finite
 from qquant.gptq_keys import METHOD as METHOD
 from qquant.gptq_keys import GptqFileConfig as GptqFileConfig
 from qquant.gptq_keys import check_keys as check_keys
@@ -27,16 +28,7 @@ from qquant.linear_kernels import Kernel
 from qquant.model_kernels import attach_kernels
 from qquant.models.qwen.modeling import register_qwen
 from qquant.packing import in_order, packable, unpack_zeros
-from qquant.shards import (
-    DTYPE_NAMES,
-    DTYPES,
-    INDEX_NAME,
-    SINGLE_NAME,
-    CheckpointReader,
-    TensorSpec,
-    all_finite,
-    weight_files,
-)
+from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader, TensorSpec, weight_files
 from qquant.sources import computed_by_model
 from qquant.telling import say_once
 

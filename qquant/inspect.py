@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from qquant.shards import CheckpointReader
 
 SCHEMA_VERSION = 1
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _EXTREMES = 3
 """Modules listed at either end of the errors."""
 
@@ -66,13 +65,14 @@ def examine(folder: Path, on_progress: OnProgress = unheard) -> dict[str, Any]:
     """
     from qquant.checks.manifest import unchanged_files
     from qquant.json_files import read_json
+    from qquant.packing import PARTS
     from qquant.shards import CheckpointReader
 
     config = read_json(folder / "config.json")
     reader = CheckpointReader(folder)
     settings, problems = _look_inside(folder, config)
     packed = _packed(reader, settings) if settings else []
-    packed_names = {f"{layer['name']}.{part}" for layer in packed for part in _PARTS}
+    packed_names = {f"{layer['name']}.{part}" for layer in packed for part in PARTS}
     rest = [entry.spec for name, entry in reader.entries.items() if name not in packed_names]
     stored = sum(entry.spec.nbytes for entry in reader.entries.values())
     parameters = sum(layer["weights"] for layer in packed) + sum(math.prod(spec.shape) for spec in rest)
@@ -121,10 +121,12 @@ def _look_inside(folder: Path, config: dict[str, Any]) -> tuple[GptqFileConfig |
 
 def _packed(reader: CheckpointReader, settings: GptqFileConfig) -> list[dict[str, Any]]:
     """Every packed linear: name, bits, group size, how many weights, how many bytes they take."""
+    from qquant.packing import PARTS
+
     layers = []
     for name in [name.removesuffix(".qweight") for name in reader.entries if name.endswith(".qweight")]:
         chosen = settings.for_module(name)
-        parts = [reader.spec(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in reader.entries]
+        parts = [reader.spec(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in reader.entries]
         layers.append(
             {
                 "name": name,

@@ -177,8 +177,13 @@ def kept(path: Path | None, identity: Mapping[str, Any], *, resume: bool, pieces
 
 def journal_of(out: Path) -> Path:
     """Where the journal of a run lies whose result will be the folder ``out``."""
+    return unfinished_beside(out, ".jsonl")
+
+
+def unfinished_beside(out: Path, ending: str) -> Path:
+    """The name beside ``out`` under which unfinished work on it is kept."""
     place = out if out.name else out.absolute()  # the current folder has a name only then
-    return place.with_name(f"{place.name}.unfinished.jsonl")
+    return place.with_name(f"{place.name}.unfinished{ending}")
 
 
 @contextmanager

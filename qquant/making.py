@@ -26,7 +26,7 @@ from qquant.hooks import first_output
 from qquant.identity import files_sha256
 from qquant.linear import QuantLinear
 from qquant.models.layouts import block_list
-from qquant.packing import dequantize
+from qquant.packing import PARTS, dequantize
 from qquant.run_identity import run_identity
 from qquant.shards import DTYPES, CheckpointReader, TensorSpec, weight_files
 from qquant.side_files import SideFiles
@@ -38,8 +38,6 @@ from qquant.unfinished import UnfinishedRun
 from qquant.walk import Walk
 
 _COPIED = "copied"
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-"""Tensors of a packed linear, behind its name."""
 
 
 @dataclass

@@ -14,6 +14,10 @@ from qquant.errors import UsageError
 WORD_BITS = 32
 
 
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""What a packed linear is stored as: the last parts of its tensors' names."""
+
+
 def period(bits: int) -> tuple[int, int]:
     """How many codes fill how many whole int32 words: (8, 1) for 4 bits; 3-bit codes straddle words: (32, 3)."""
     return (WORD_BITS, bits) if WORD_BITS % bits else (WORD_BITS // bits, 1)

@@ -138,7 +138,7 @@ def quantize_checkpoint(
                 if together.writer:
                     run.refuse_full_disk(sum(spec.nbytes for spec in plan.values()) + shelves)
             making.make(run)
-            run.finish("made", True)
+            run.may_stop()
             if together.writer:
                 before_sealing(run)
                 making.describe(run)
@@ -210,7 +210,7 @@ def quantize_mixed(
         def check(run: UnfinishedRun, choice: Choice = choice, first: bool = number == 0) -> None:
             nonlocal measured, correction
             measured = mixed.measured_kl(run.result)
-            run.finish("measured", measured.kl)
+            run.may_stop()
             if max_kl is not None:
                 corrected = _STRICTER * measured.kl / choice.point.predicted_kl
                 loose = first and corrected < _LOOSE * correction

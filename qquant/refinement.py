@@ -18,7 +18,8 @@ from qquant import _native
 from qquant.descent_numpy import descend as descend_block
 from qquant.descent_numpy import round_rows
 from qquant.errors import NumericError
-from qquant.factor import all_finite, factor_rows, inverse_factor
+from qquant.factor import factor_rows, inverse_factor
+from qquant.finite import all_finite
 from qquant.telling import say_once
 
 OUTPUT_DAMP = 0.05

@@ -181,15 +181,6 @@ def read_ahead(entries: Iterable[Entry]) -> None:
     threading.Thread(target=advise, daemon=True).start()
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor Inf, without a second tensor of its size."""
-    if tensor.numel() == 0:
-        return True
-    # The extremes of anything that holds NaN are NaN, see torch.aminmax; 20 times as fast as isfinite().all().
-    low, high = tensor.detach().aminmax()
-    return bool(low.isfinite() & high.isfinite())
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder in a fixed order; see ``CheckpointReader`` for what is refused."""
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME

@@ -18,7 +18,8 @@ from qquant.affine import dequantize, quantize, search_qparams
 from qquant.columns import Prepared, group_columns, prepare, usable
 from qquant.config import QuantizeConfig
 from qquant.errors import NumericError, UsageError
-from qquant.factor import all_finite, factor_rows, times_inverse
+from qquant.factor import factor_rows, times_inverse
+from qquant.finite import all_finite
 from qquant.moments import Moments
 from qquant.packing import in_order
 from qquant.refinement import RowRounder, balanced, refine

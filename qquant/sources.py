@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from qquant.adapter import Adapter
 from qquant.errors import BadModelError, UsageError
+from qquant.finite import all_finite
 from qquant.merging import MergedReader
 from qquant.model_folder import read_config, skeleton
 from qquant.models.layouts import Layout, block_list, find_layout
-from qquant.shards import DTYPES, CheckpointReader, Entry, TensorSpec, all_finite, read_ahead
+from qquant.shards import DTYPES, CheckpointReader, Entry, TensorSpec, read_ahead
 
 _log = logging.getLogger("qquant")
 

@@ -29,7 +29,7 @@ from qquant.errors import (
     UsageError,
 )
 from qquant.identity import sha256
-from qquant.journal import Journal, alone
+from qquant.journal import Journal, alone, unfinished_beside
 from qquant.publish import Kind, put_in_place, refuse_existing, sync, sync_folder
 from qquant.ranks import ALONE, Ranks
 from qquant.shard_writer import CheckedTensors, ShardWriter, our_own
@@ -98,6 +98,10 @@ class Run:
     def finish(self, key: str, piece: Any) -> None:
         """Keep a finished piece from which a later process can go on; StoppedError if a stop was asked for."""
         self.keep(key, piece)
+        self.may_stop()
+
+    def may_stop(self) -> None:
+        """Raise StoppedError if a stop was asked for: all that is worth keeping is kept."""
 
     def shelf(self, name: str, specs: Mapping[str, TensorSpec]) -> Shelf:
         """The shelf of that name with what is on it, made with its disk space taken if it is not there."""
@@ -157,9 +161,8 @@ class UnfinishedRun(Run):
             self._journal.add(key, piece)
         self._pieces[key] = piece
 
-    def finish(self, key: str, piece: Any) -> None:
-        """Keep a finished piece for all ranks; StoppedError if a stop was asked for on any."""
-        self.keep(key, piece)
+    def may_stop(self) -> None:
+        """Raise StoppedError if a stop was asked for on any rank: all that is worth keeping is kept."""
         if self.ranks.any(self.stop_asked):
             raise StoppedError(f"stopped; what is finished is saved in {self.folder}, and {_AGAIN} goes on from there")
 
@@ -266,8 +269,7 @@ class UnfinishedRun(Run):
 
 def work_folder(out: Path, number: int = 0) -> Path:
     """Where a run keeps its work whose result will be ``out``; ``number`` of this try, where there are several."""
-    place = out if out.name else out.absolute()  # the current folder has a name only then
-    return place.with_name(f"{place.name}.unfinished{f'-{number}' if number else ''}")
+    return unfinished_beside(out, f"-{number}" if number else "")
 
 
 def refuse_output(out: Path, kind: Kind, *, overwrite: bool) -> None:

@@ -200,6 +200,7 @@ FLOORS = {
     },
     0: {
         "errors",
+        "finite",
         "_native",
         "records",
         "telling",

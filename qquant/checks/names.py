@@ -15,11 +15,10 @@ from qquant.checks.findings import Finding, problem, warning
 from qquant.checks.packed import PackedLinear
 from qquant.gptq_keys import GptqFileConfig
 from qquant.models.layouts import Layout, block_list, linears
-from qquant.packing import packable
+from qquant.packing import PARTS, packable
 from qquant.shards import DTYPES, CheckpointReader, TensorSpec
 from qquant.sources import computed_by_model
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _FLOATS = ("F16", "BF16", "F32")
 _AGAIN = "get the checkpoint again, or quantize the model again"
 _NORMS_ADD_ONE = ("gemma", "nemotron", "qwen3_next", "qwen3_5")

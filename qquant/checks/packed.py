@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qquant.checks.findings import Finding, problem, warning
+from qquant.finite import all_finite
 from qquant.packing import in_order, period, unpack_codes, unpack_zeros
-from qquant.shards import CheckpointReader, all_finite
+from qquant.shards import CheckpointReader
 
 _AGAIN = "get the checkpoint again, or quantize the model again"
 _FLOAT16 = torch.finfo(torch.float16)

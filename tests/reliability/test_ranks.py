@@ -58,17 +58,22 @@ def until_kept(process: subprocess.Popen[str], room: Path) -> None:
         time.sleep(0.005)
 
 
+def finished_by(ranks: int, whole: Job, room: Path) -> None:
+    """So many processes end the run, in the bytes of an undisturbed one and with nothing beside them."""
+    with torchrun(whole, room, ranks) as process:
+        said = process.communicate(timeout=300)[0]
+    assert process.returncode == EXIT_OK, said
+    assert tree(room / "out") == whole.whole
+    assert [path.name for path in room.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("name", JOBS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_any_number_of_processes_makes_the_same_bytes(
     ranks: int, name: str, job: Jobs, room: Path, outcome: Any
 ) -> None:
     whole = job(*JOBS[name])
-    with torchrun(whole, room, ranks) as process:
-        said = process.communicate(timeout=300)[0]
-    assert process.returncode == EXIT_OK, said
-    assert tree(room / "out") == whole.whole
-    assert [path.name for path in room.iterdir()] == ["out"]
+    finished_by(ranks, whole, room)
     outcome("same bytes")
 
 
@@ -90,11 +95,7 @@ def test_a_killed_process_ends_all_and_another_number_goes_on(
     if then == 1:
         finished(launcher, whole.order(room), room / "out", whole.whole)
     else:
-        with torchrun(whole, room, then) as process:
-            said = process.communicate(timeout=300)[0]
-        assert process.returncode == EXIT_OK, said
-        assert tree(room / "out") == whole.whole
-        assert [path.name for path in room.iterdir()] == ["out"]
+        finished_by(then, whole, room)
     outcome("all ended, same bytes after going on")
 
 
