@@ -1,8 +1,9 @@
 """Peak memory and seconds per block of quantizing a checkpoint that is larger than the memory it may use.
 
 Runs our command line as a process of its own and reads its ru_maxrss with wait4; imports neither torch nor qquant,
-because a big parent would show up in that figure. With --stop-after it is stopped by SIGTERM and started again, which
-goes on where it was; with --end-after it is stopped for good, and the time of the whole run is extrapolated.
+because a big parent would show up in that figure. With --kill-after it is killed by SIGKILL, with --stop-after asked to
+stop by SIGTERM, and started again, which goes on where it was; with --end-after it is stopped for good, and the time of
+the whole run is extrapolated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -76,8 +77,8 @@ def finished_linears(out: Path) -> int:
     return count
 
 
-def run(command: list[str], log: Path, out: Path, stop_after: float | None) -> Part:
-    """Run to the end, or until it was asked to stop and did."""
+def run(command: list[str], log: Path, out: Path, end: tuple[float, signal.Signals] | None) -> Part:
+    """Run to the end, or until a signal after some seconds ended it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = newest = finished_linears(out)
     begun, first, last = newest, 0.0, 0.0
@@ -94,8 +95,8 @@ def run(command: list[str], log: Path, out: Path, stop_after: float | None) -> P
                 newest, last = count, now
                 if not first:
                     begun, first = count, now
-            if stop_after is not None and not asked and now - start > stop_after:
-                process.send_signal(signal.SIGTERM)
+            if end is not None and not asked and now - start > end[0]:
+                process.send_signal(end[1])
                 asked = True
             time.sleep(1)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -121,8 +122,10 @@ def main() -> int:
     parser.add_argument("--method", default="gptq", help="as qquant quantize takes it")
     parser.add_argument("--max-memory", help="as qquant quantize takes it")
     parser.add_argument("--options", default="", help="more options for qquant, in one string")
+    parser.add_argument("--kill-after", type=float, action="append", default=[], metavar="MINUTES",
+                        help="kill the run and start it again; repeatable")  # fmt: skip
     parser.add_argument("--stop-after", type=float, action="append", default=[], metavar="MINUTES",
-                        help="stop the run and start it again; repeatable")  # fmt: skip
+                        help="then ask the run to stop, and start it again; repeatable")  # fmt: skip
     parser.add_argument("--end-after", type=float, metavar="MINUTES", help="stop the last part for good")
     parser.add_argument("--limit-mb", type=float, default=1600, help="exit with 1 above this peak; MB are 10**6 bytes")
     parser.add_argument("--json", type=Path, help="write the result here too")
@@ -142,10 +145,13 @@ def main() -> int:
         blocks, per_block = config["num_hidden_layers"], 7
         parts: list[Part] = []
         print("| part | exit code | wall s | CPU s | peak MB | blocks | s per block |\n|---|---|---|---|---|---|---|")
-        for minutes in [*args.stop_after, args.end_after]:
-            parts.append(run(command, log, out, None if minutes is None else 60 * minutes))
+        ends: list[tuple[float, signal.Signals] | None] = [(60 * each, signal.SIGKILL) for each in args.kill_after]
+        ends += [(60 * each, signal.SIGTERM) for each in args.stop_after]
+        ends.append(None if args.end_after is None else (60 * args.end_after, signal.SIGTERM))
+        for end in ends:
+            parts.append(run(command, log, out, end))
             print(shown(parts[-1], per_block, f"{len(parts)}"), flush=True)
-            if parts[-1].code not in (0, STOPPED):
+            if parts[-1].code not in (0, -signal.SIGKILL if end and end[1] == signal.SIGKILL else STOPPED):
                 print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
                 raise SystemExit(f"{shlex.join(command)}\nfailed with {parts[-1].code}")
             if parts[-1].code == 0:
@@ -161,6 +167,7 @@ def main() -> int:
         size_out = sum(file.stat().st_size for file in out.glob("*.safetensors"))
 
     done, wall = sum(part.linears for part in parts) / per_block, sum(part.wall for part in parts)
+    walked, steps = sum(part.walking for part in parts), sum(part.walked for part in parts) / per_block
     result = {
         "command": "python benchmarks/bench_large.py " + shlex.join(sys.argv[1:]),
         "blocks": blocks,
@@ -175,18 +182,17 @@ def main() -> int:
         "peak_mb": round(max(part.peak for part in parts) / 1e6, 1),
         "wall_seconds": round(wall, 1),
         "cpu_seconds": round(sum(part.cpu for part in parts), 1),
+        "seconds_per_block": round(walked / steps, 1) if steps else None,
+        "parts": [asdict(part) for part in parts],
         "this_process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
     }
     print(
         f"\n{blocks} blocks, {result['input_gb']} GB in, {result['output_gb']} GB out, {args.n_samples} samples of "
         f"{args.seq_len} tokens, method {args.method}, {result['threads']} threads; peak {result['peak_mb']} MB."
     )
-    if not complete:
-        walked = sum(part.walking for part in parts)
-        steps = sum(part.walked for part in parts) / per_block
-        if steps:
-            whole = wall + (blocks - done) * walked / steps
-            print(f"Ended after {done:.1f} blocks; the whole run is EXTRAPOLATED to {whole / 3600:.1f} hours.")
+    if not complete and steps:
+        whole = wall + (blocks - done) * walked / steps
+        print(f"Ended after {done:.1f} blocks; the whole run is EXTRAPOLATED to {whole / 3600:.1f} hours.")
     print(f"Whole command, verification included. Made by: `{result['command']}`")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qquant.run import Run, Shelf
 from qquant.shards import DTYPE_NAMES, TensorSpec
-from qquant.unfinished import Run, Shelf
 
 _KEY = "activations"
+_BLOCK = "block"
+"""On a shelf, beside the samples: in front of which block they stand."""
 _SHARE = 0.05
 """Of the run's time, that bringing samples from memory to the disk may take."""
 _LEAST_SECONDS = 5.0
@@ -66,10 +68,16 @@ class Activations(Sequence[Tensor]):
                 if held is not None:
                     self[i] = held
 
-    def commit(self, mine: Sequence[int]) -> int:
-        """Wait until all samples lie on one shelf, on the disk; returns which, and keeps it as it is."""
+    def commit(self, mine: Sequence[int], block: int) -> int:
+        """Wait until all samples lie on one shelf, on the disk; returns which, and keeps it as it is.
+
+        Args:
+            mine: the samples of this rank.
+            block: in front of which they stand.
+        """
         assert self._slots is not None
         slot = self._next
+        self._slots[slot].write(_BLOCK, torch.tensor(block))
         for i in mine:
             held = self._held[i]
             if held is not None:
@@ -84,10 +92,11 @@ class Activations(Sequence[Tensor]):
         assert self._slots is not None
         return self._slots[1 - self._next].read(str(i)).to(self._device)
 
-    def restore(self, slot: int, mine: Sequence[int]) -> None:
-        """Take the samples that were committed to ``slot``."""
+    def restore(self, slot: int, mine: Sequence[int], block: int) -> None:
+        """Take what was committed to ``slot``; DamagedWorkError if that stands in front of another block."""
         assert self._slots is not None
         self._next = 1 - slot
+        self._slots[slot].expect(_BLOCK, torch.tensor(block))
         for i in mine:
             self._at[i] = slot
             if not self.spilled:
@@ -121,6 +130,7 @@ class Streams:
         """
         self._run, self._mine = run, run.ranks.mine(range(len(lengths)))
         specs = {str(i): TensorSpec(DTYPE_NAMES[dtype], (1, length, width)) for i, length in enumerate(lengths)}
+        specs[_BLOCK] = TensorSpec("I64", ())
 
         def made(name: str) -> Activations:
             slots = (run.shelf(f"{name}-0", specs), run.shelf(f"{name}-1", specs)) if run.lasting else None
@@ -137,7 +147,7 @@ class Streams:
         piece = self._run.finished(_KEY)
         if piece is not None:
             for stream in self._all():
-                stream.restore(piece["slot"], self._mine)
+                stream.restore(piece["slot"], self._mine, piece["block"])
             self.restored, self.block = True, int(piece["block"])
 
     def commit(self, block: int, *, always: bool = False) -> None:
@@ -154,7 +164,7 @@ class Streams:
         if not self._run.ranks.any(always or self.hidden.spilled or due):
             return
         began = time.monotonic()
-        (slot,) = {stream.commit(self._mine) for stream in self._all()}
+        (slot,) = {stream.commit(self._mine, block) for stream in self._all()}
         self._run.ranks.barrier()
         self._run.finish(_KEY, {"block": block, "slot": slot})
         self._committed = time.monotonic()

@@ -17,6 +17,9 @@ from qquant.errors import NumericError
 _SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 _LARGEST_SCALE = 65504.0  # largest finite float16
 _SHRINK_FACTORS = tuple(1.0 - 0.025 * step for step in range(21))  # 1.0 down to 0.5
+_SEARCHED = 2**17
+"""Weights that are searched together: what is made of them on the way stays in a processor's cache. (The column loop
+makes little on the way, and is searched in one piece.)"""
 _LOOP_FACTORS = tuple(1.0 - 0.05 * step for step in range(7))  # 1.0 down to 0.7: each costs a column loop
 
 
@@ -45,9 +48,13 @@ def choose_qparams(
 
     Source: min-max grid of GPTQ, arXiv:2210.17323, in the variant of the published GPTQ checkpoints.
     """
+    return _grid(weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0), bits, shrink, sym=sym, signed=signed)
+
+
+def _grid(low: Tensor, high: Tensor, bits: int, shrink: float, *, sym: bool, signed: bool) -> tuple[Tensor, Tensor]:
+    """``choose_qparams`` of groups that reach from ``low`` <= 0 to ``high`` >= 0."""
     levels = 2**bits - 1
-    low = weight.amin(-1).clamp(max=0) * shrink
-    high = weight.amax(-1).clamp(min=0) * shrink
+    low, high = low * shrink, high * shrink
     if sym and signed:
         farthest = torch.where(high > -low, -high, -low)
         scale = _storable(farthest.abs() / 2 ** (bits - 1), levels).copysign(farthest)
@@ -99,19 +106,38 @@ def search_qparams(
     Returns:
         scale, zero: [rows] each, as from ``choose_qparams``.
     """
-    best_scale, best_zero = choose_qparams(weight, bits=bits, sym=sym, signed=signed)
     if clip_search == "off":
-        return best_scale, best_zero
+        return choose_qparams(weight, bits=bits, sym=sym, signed=signed)
+    rows = len(weight) if clip_search == "loop" else max(1, _SEARCHED // weight.shape[1])
+    searched = [_searched(part, bits, sym, signed, clip_search, hessian, factor) for part in weight.split(rows)]
+    scales, zeros = zip(*searched, strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _searched(
+    weight: Tensor,
+    bits: int,
+    sym: bool,
+    signed: bool,
+    clip_search: Literal["weight", "hessian", "loop"],
+    hessian: Tensor | None,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``search_qparams`` of some rows."""
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    columns = weight.T.contiguous()
+    best_scale, best_zero = _grid(low, high, bits, 1.0, sym=sym, signed=signed)
     least: Tensor | None = None
     for shrink in _LOOP_FACTORS if clip_search == "loop" else _SHRINK_FACTORS:
-        scale, zero = choose_qparams(weight, bits=bits, sym=sym, shrink=shrink, signed=signed)
+        scale, zero = _grid(low, high, bits, shrink, sym=sym, signed=signed)
         if clip_search == "loop" and factor is not None:
-            loss = _loop_loss(weight, scale, zero, bits, factor)
+            loss = _loop_loss(columns, scale, zero, bits, factor)
         else:
-            codes = quantize(weight, scale[:, None], zero[:, None], bits)
-            error = dequantize(codes, scale[:, None], zero[:, None]) - weight
-            weighted = error @ hessian if clip_search == "hessian" and hessian is not None else error
-            loss = (weighted * error).sum(-1)
+            # quantize and dequantize, in one temporary
+            error = torch.div(columns, scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+            error.sub_(zero).mul_(scale).sub_(columns)
+            weighted = hessian @ error if clip_search == "hessian" and hessian is not None else error
+            loss = (weighted * error).sum(0)
         if least is None:
             least = loss
             continue
@@ -122,16 +148,14 @@ def search_qparams(
     return best_scale, best_zero
 
 
-def _loop_loss(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor) -> Tensor:
-    """Per row, what GPTQ's column loop would leave on this grid: the sum of ((w - w_hat) / U_jj)^2 over the group."""
-    columns = weight.T.contiguous()
-    if columns.data_ptr() == weight.data_ptr():
-        columns = columns.clone()
+def _loop_loss(columns: Tensor, scale: Tensor, zero: Tensor, bits: int, factor: Tensor) -> Tensor:
+    """Per row, what GPTQ's column loop would leave on this grid: the sum of ((w - w_hat) / U_jj)^2 over ``columns``."""
+    work = columns.clone()
     loss = torch.zeros_like(scale)
-    for j in range(columns.shape[0]):
-        error = (columns[j] - dequantize(quantize(columns[j], scale, zero, bits), scale, zero)) / factor[j, j]
+    for j in range(work.shape[0]):
+        error = (work[j] - dequantize(quantize(work[j], scale, zero, bits), scale, zero)) / factor[j, j]
         loss += error * error
-        columns[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+        work[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
     return loss
 
 

@@ -1,6 +1,7 @@
 """What a long run has finished so far, on disk after every piece, so that a later run goes on where this one ended.
 
-One JSON line per piece, behind a first line that says what the run is. Nothing here knows what a piece holds.
+One JSON line per piece, with its checksum, behind a first line that says what the run is. Nothing here knows what a
+piece holds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 from qquant.errors import BadDataError, DiskError, StoppedError, UsageError
 
-_BEGINNING = b'{"journal": 1, "identity": '
+_BEGINNING = b'{"journal": 2, "identity": '
 """Of every journal: what may be cut off and begun anew."""
 
 
@@ -47,7 +49,7 @@ class Journal:
 
         Raises:
             UsageError: there is a journal and ``resume`` is off, it is of another run, or a run is at work on it.
-            BadDataError: the file is no journal.
+            BadDataError: the file is no journal, or damaged.
             DiskError: it cannot be written.
         """
         self._path, self._again, self._anew = path, again, anew
@@ -102,7 +104,8 @@ class Journal:
         elif self._whole_bytes == 0 or not self._path.exists():  # someone may have deleted it under us
             self._append(self._head(), mode="w")
         self._whole_bytes = None
-        self._append({"key": key, "piece": piece}, mode="a")
+        line = {"key": key, "piece": piece}
+        self._append({**line, "crc32": _checksum(line)}, mode="a")
         self._pieces[key] = json.loads(json.dumps(piece))
 
     def remove(self) -> None:
@@ -125,7 +128,7 @@ class Journal:
             yield
 
     def _head(self) -> dict[str, Any]:
-        return {"journal": 1, "identity": self._identity}
+        return {"journal": 2, "identity": self._identity}
 
     def _append(self, line: Mapping[str, Any], *, mode: str) -> None:
         try:
@@ -150,6 +153,9 @@ class Journal:
             head, *lines = [json.loads(line) for line in whole.splitlines()]
             theirs = head["identity"]
             keys = {*mine, *theirs.keys()}
+            for line in lines:
+                if line.pop("crc32") != _checksum(line):
+                    raise ValueError(f"the checksum of {line['key']!r} differs")
             self._pieces = {line["key"]: line["piece"] for line in lines}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadDataError(f"{self._path} is no journal of an unfinished run; {self._anew}: {error}") from error
@@ -162,6 +168,10 @@ class Journal:
             )
         if len(whole) < len(content):
             self._whole_bytes = len(whole)
+
+
+def _checksum(line: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line, ensure_ascii=False).encode())
 
 
 @contextmanager

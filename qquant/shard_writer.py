@@ -24,6 +24,8 @@ from qquant.shards import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoi
 _SPARE_BYTES = 16 * 2**20
 """Left free beside what a plan takes."""
 _ONE_FILE = 1 << 62  # bytes
+_PIECE_BYTES = 2**22
+"""Of a file that are compared at a time."""
 _CRC = ".crc32"
 """Behind a tensor's name: that of its checksum, in the same file."""
 
@@ -60,6 +62,7 @@ class ShardWriter:
         self._plan = dict(plan)
         self._unwritten = set(plan)
         self._unsynced: set[str] = set()
+        self._checksums: dict[str, int] = {}
         self._places: dict[str, tuple[str, int]] = {}
         shards = [{name: plan[name] for name in names} for names in _split(plan, max_shard_bytes)]
         names = [SINGLE_NAME]
@@ -99,29 +102,50 @@ class ShardWriter:
         """Write one tensor from flattened pieces."""
         spec = self._plan[name]
         file_name, start = self._places[name]
-        written = 0
+        written = checksum = 0
         self._unsynced.add(file_name)
         with (self._folder / file_name).open("r+b", buffering=0) as stream:
             stream.seek(start)
             for chunk in chunks:
                 data = bytes_of(chunk)
+                checksum = zlib.crc32(data, checksum)
                 while len(data):
                     count = stream.write(data)
                     data = data[count:]
                     written += count
         assert written == spec.nbytes, f"{name}: {written} bytes of {spec.nbytes}"
         self._unwritten.discard(name)
+        self._checksums[name] = checksum
 
     def written_before(self, names: Iterable[str]) -> None:
         """Take it that an earlier writer of these files wrote these tensors."""
         self._unwritten.difference_update(names)
 
-    def sync(self) -> None:
-        """Wait until all that was written is on the disk."""
+    def compare(self, checksums: Mapping[str, int], anew: str) -> None:
+        """Raise DamagedWorkError if a tensor that an earlier writer of these files wrote is not as it was written.
+
+        Args:
+            checksums: as that writer gave them.
+            anew: what a user does then.
+        """
+        for name, expected in checksums.items():
+            file_name, start = self._places[name]
+            found, left = 0, self._plan[name].nbytes
+            with (self._folder / file_name).open("rb") as stream:
+                stream.seek(start)
+                while left and (data := stream.read(min(left, _PIECE_BYTES))):
+                    found, left = zlib.crc32(data, found), left - len(data)
+            if found != expected:
+                raise _damaged(f"{self._folder / file_name} is damaged (the checksum of {name} differs)", anew)
+
+    def sync(self) -> dict[str, int]:
+        """Wait until all that was written is on the disk; returns the CRC-32 of each tensor since the last time."""
         for file_name in sorted(self._unsynced):
             with (self._folder / file_name).open("rb") as stream:
                 os.fsync(stream.fileno())
         self._unsynced.clear()
+        written, self._checksums = self._checksums, {}
+        return written
 
     def close(self) -> None:
         """Check that every planned tensor was written and force all files to disk."""
@@ -168,6 +192,11 @@ class CheckedTensors:
                     raise BadModelError(f"the checksum of {name} differs")
                 self._sound.add(name)
         return tensor
+
+    def expect(self, name: str, tensor: Tensor) -> None:
+        """Raise DamagedWorkError if a tensor is not this one: the file is of another moment than the journal."""
+        if not torch.equal(self.read(name), tensor):
+            raise _damaged(f"{self._folder} is of another moment than the journal beside it", self._anew)
 
     def sync(self) -> None:
         """Wait until everything written here is on the disk."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qquant.config import ModuleRecord, QuantizeLog
-from qquant.unfinished import Run
+from qquant.run import Run
 
 DONE, FOLDED = "done: ", "folded: "
 """In front of the name of a stage, and of a block: the keys of what is kept."""

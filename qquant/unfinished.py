@@ -15,9 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from qquant.errors import (
     BadDataError,
@@ -32,6 +30,7 @@ from qquant.identity import sha256
 from qquant.journal import Journal, alone, unfinished_beside
 from qquant.publish import Kind, put_in_place, refuse_existing, sync, sync_folder
 from qquant.ranks import ALONE, Ranks
+from qquant.run import Run, Shelf
 from qquant.shard_writer import CheckedTensors, ShardWriter, our_own
 from qquant.shards import TensorSpec
 
@@ -41,6 +40,8 @@ _JOURNAL = "journal.jsonl"
 _RESULT = "result"
 _SEALED = "sealed"
 _MOST_TRIES = 16
+_WRITTEN = "written for "
+"""In front of a piece's key: the checksums of the result's tensors that it stands for."""
 _SHELF = "shelf: "
 """In front of a shelf's name: the key that says whether it has been made, and not dropped since."""
 _AGAIN = "the same command"
@@ -50,80 +51,6 @@ _OF_THE_INPUT = (BadModelError, BadDataError, NumericError)
 
 class AnotherTry(Exception):
     """No error: a run has served its end, unpublished, and another try for the same output comes next."""
-
-
-class Shelf(Protocol):
-    """Tensors by name, all known by dtype and shape beforehand."""
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Keep one tensor, or replace it."""
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU; DamagedWorkError if it is not what was written."""
-
-    def sync(self) -> None:
-        """Wait until everything written here is on the disk."""
-
-
-class Run:
-    """A run that keeps nothing on disk: every piece is unfinished, shelves are in memory."""
-
-    def __init__(self, ranks: Ranks = ALONE) -> None:
-        """Begin.
-
-        Args:
-            ranks: the processes that do the run together; each makes the same calls in the same order.
-        """
-        self.ranks = ranks
-        self._pieces: dict[str, Any] = {}
-        self._shelves: dict[str, Shelf] = {}
-
-    @property
-    def lasting(self) -> bool:
-        """Whether what is kept here is there after the end of the process."""
-        return False
-
-    def finished(self, key: str) -> Any | None:
-        """The JSON value kept for a piece of work that is finished, or None."""
-        return self._pieces.get(key)
-
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Finished pieces, in the order in which they were finished first."""
-        yield from self._pieces.items()
-
-    def keep(self, key: str, piece: Any) -> None:
-        """Keep a finished piece, a JSON value; what it stands for must be written."""
-        self._pieces[key] = piece
-
-    def finish(self, key: str, piece: Any) -> None:
-        """Keep a finished piece from which a later process can go on; StoppedError if a stop was asked for."""
-        self.keep(key, piece)
-        self.may_stop()
-
-    def may_stop(self) -> None:
-        """Raise StoppedError if a stop was asked for: all that is worth keeping is kept."""
-
-    def shelf(self, name: str, specs: Mapping[str, TensorSpec]) -> Shelf:
-        """The shelf of that name with what is on it, made with its disk space taken if it is not there."""
-        return self._shelves.setdefault(name, _InMemory())
-
-    def drop(self, name: str) -> None:
-        """Give up a shelf and its space, if it is there."""
-        self._shelves.pop(name, None)
-
-
-class _InMemory:
-    def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def sync(self) -> None:
-        pass
 
 
 class UnfinishedRun(Run):
@@ -155,9 +82,9 @@ class UnfinishedRun(Run):
 
     def keep(self, key: str, piece: Any) -> None:
         """Keep a finished piece on the disk, behind all that was written of the result."""
-        if self.writer is not None:
-            self.writer.sync()
         if self._journal is not None:
+            if self.writer is not None and (written := self.writer.sync()):
+                self._journal.add(f"{_WRITTEN}{key}", written)
             self._journal.add(key, piece)
         self._pieces[key] = piece
 
@@ -201,12 +128,14 @@ class UnfinishedRun(Run):
 
         Raises:
             DoesNotFitError: the disk has too little of it.
-            DamagedWorkError: pieces are finished, and a file is not there or has another layout.
+            DamagedWorkError: pieces are finished, and a file is not there, or not as it was written.
         """
         anew = _anew(self.folder) if self._pieces else None
         with self.ranks.agreed():
             if self.ranks.writer:
                 self.writer = ShardWriter(self.result, plan, max_shard_bytes=max_shard_bytes, going_on=True, anew=anew)
+                for key in [key for key in self._pieces if f"{_WRITTEN}{key}" in self._pieces]:
+                    self.writer.compare(self._pieces[f"{_WRITTEN}{key}"], _anew(self.folder))
                 sync_folder(self.result)
                 sync(self.folder)
 

@@ -26,13 +26,13 @@ from qquant.hooks import first_output, inputs_seen
 from qquant.models.layouts import Unit, block_list, linears
 from qquant.moments import Moments
 from qquant.refinement import OUTPUT_DAMP, damped
+from qquant.run import Run
 from qquant.solver import Solution
 from qquant.stage_moments import Gathered
 from qquant.stage_records import DONE, FOLDED, piece_of
 from qquant.stage_solver import Solved, solve_stage
 from qquant.telling import say_once
 from qquant.tuning import Lesson, Lessons, tuned_scales
-from qquant.unfinished import Run
 
 # The inputs of a unit's last linear are kept between its Hessian and its output if they take less than this;
 # otherwise the unit is run again. Either way the numbers are the same.
@@ -171,9 +171,9 @@ class Walk:
             hidden = ranks.share(entering[i] if owner == ranks.rank else None, owner)
             samples.append(Passing(hidden, calls[i], stream.masks[i]))
         changed = fold_block(block, self.source.layout, prefix, self.config, samples, self._felt, self.stored_dtype)
-        for name, tensor in changed.items():
-            self.keep(name, tensor)
         if self.unfinished.finished(key := f"{FOLDED}{prefix}") is None:
+            for name, tensor in changed.items():
+                self.keep(name, tensor)
             self.unfinished.finish(key, sorted(changed))
 
     def _tune(self, block: nn.Module, prefix: str, entering: Callable[[int], Tensor], calls: Calls) -> None:

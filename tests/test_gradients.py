@@ -23,8 +23,9 @@ from qquant.gradients import output_moments
 from qquant.models.layouts import block_list, linears
 from qquant.models.qwen.modeling import QWenLMHeadModel
 from qquant.publish import REPORT_FOLDER
+from qquant.run import Run
 from qquant.sources import LoadedModel, StreamedModel
-from qquant.unfinished import Run, UnfinishedRun, going_on
+from qquant.unfinished import UnfinishedRun, going_on
 from tests.conftest import VOCAB, Factory
 from tests.make_qwen_v1 import make_qwen_v1
 

@@ -101,6 +101,7 @@ FLOORS = {
         "models.qwen.layers",
     },
     2: {
+        "run",
         "columns",
         "refinement",
         "shard_writer",

@@ -93,7 +93,7 @@ def test_a_file_that_is_no_journal_is_refused(path: Path, content: str) -> None:
         Journal(path, RUN, resume=True)
 
 
-@pytest.mark.parametrize("content", ["a note of mine", '{"journal": 2', '{"mine": 1}'])
+@pytest.mark.parametrize("content", ["a note of mine", '{"journal": 3', '{"mine": 1}'])
 def test_a_file_of_another_kind_is_refused_and_left_alone(path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")
     with pytest.raises(BadDataError, match=r"no journal"):
@@ -101,7 +101,7 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(path: Path, content: s
     assert path.read_text(encoding="utf-8") == content
 
 
-@pytest.mark.parametrize("content", ["", '{"journal": 1, "iden', '{"journal": 1, "identity": {"a'])
+@pytest.mark.parametrize("content", ["", '{"journal": 2, "iden', '{"journal": 2, "identity": {"a'])
 def test_a_run_that_ended_within_the_first_line_begins_anew(path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")
     Journal(path, RUN, resume=True).add("a", 1)
