@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qquant.errors import DiskError, DoesNotFitError, QquantError, UsageError
+from qquant.errors import DiskError, DoesNotFitError, QquantError, UsageError, out_of_memory
 
 INTERRUPTED = 130
 """What a shell reports for a process that Ctrl-C ended: 128 + SIGINT."""
@@ -54,13 +54,10 @@ def user_errors(*, debug: bool = False) -> Iterator[None]:
         _end(error, error.exit_code, debug=debug)
     except OSError as error:
         _end(error, DiskError.exit_code, debug=debug)
-    except MemoryError as error:
-        _end(f"out of memory {error}", DoesNotFitError.exit_code, debug=debug)
-    except RuntimeError as error:
-        # torch's own out-of-memory error, by name: torch is not imported for a door's --help. A CPU's has no class.
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
-        _end(f"out of memory: {error}", DoesNotFitError.exit_code, debug=debug)
+        _end(f"out of memory{f': {error}' if str(error) else ''}", DoesNotFitError.exit_code, debug=debug)
 
 
 def size_in_bytes(text: str, option: str) -> int:

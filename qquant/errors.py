@@ -60,3 +60,11 @@ class StoppedError(QquantError):
 
 class RankLostError(StoppedError):
     """Another of several processes that shared the work ended, and so must this one."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the machine or of a device."""
+    # torch's errors by name and text, since torch is not imported for a door's --help: a GPU's has a class of its own,
+    # a CPU's is any RuntimeError.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))

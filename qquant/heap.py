@@ -38,13 +38,6 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * _ADAPTED_BYTES)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of the machine or of a device."""
-    # torch's errors by name and text: a GPU's has a class of its own, a CPU's is any RuntimeError.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-
-
 def return_unused_memory() -> None:
     """Hand freed heap pages back to Linux.
 

@@ -22,8 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from qquant.adapter_settings import CONFIG_NAME as ADAPTER_CONFIG
 from qquant.code_keys import check_code
-from qquant.errors import BadModelError
-from qquant.heap import out_of_memory
+from qquant.errors import BadModelError, out_of_memory
 from qquant.json_files import read_json, write_json
 from qquant.models.qwen.modeling import register_qwen
 from qquant.shards import DTYPES, INDEX_NAME, CheckpointReader, weight_files

@@ -97,7 +97,7 @@ def quantize_checkpoint(
     from qquant.padding import fit_to_ranks
     from qquant.ranks import ALONE
     from qquant.side_files import collect
-    from qquant.sources import StreamedModel
+    from qquant.sources import StreamedModel, tell_slow_dtype
     from qquant.stage_records import log_of
     from qquant.unfinished import going_on, refuse_output
 
@@ -105,6 +105,8 @@ def quantize_checkpoint(
     refuse_output(target, QUANTIZED_FOLDER, overwrite=overwrite)
     tuned = None if adapter is None else Path(adapter).expanduser()
     source = StreamedModel(folder, dtype=dtype, device=device, adapter=tuned)
+    if dtype is None:
+        tell_slow_dtype(source.dtype, source.device)
     fit_to_ranks(source, config, tensor_parallel)
     beside = collect(folder, adapter=tuned, changes=source.config_changes)
     beside.check_tokenizer()

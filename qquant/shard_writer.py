@@ -73,7 +73,7 @@ class ShardWriter:
             self._places |= {name: (file_name, start) for name, start in layout.starts.items()}
         missing = [name for name in names if not (going_on and files[name].is_of(folder / name))]
         if missing and anew is not None:
-            raise _damaged(f"{folder / missing[0]} is missing or damaged", anew)
+            raise damaged(f"{folder / missing[0]} is missing or damaged", anew)
         needed, free = sum(files[name].size for name in missing), shutil.disk_usage(folder).free
         if missing and needed + _SPARE_BYTES > free:
             raise DoesNotFitError(
@@ -136,7 +136,7 @@ class ShardWriter:
                 while left and (data := stream.read(min(left, _PIECE_BYTES))):
                     found, left = zlib.crc32(data, found), left - len(data)
             if found != expected:
-                raise _damaged(f"{self._folder / file_name} is damaged (the checksum of {name} differs)", anew)
+                raise damaged(f"{self._folder / file_name} is damaged (the checksum of {name} differs)", anew)
 
     def sync(self) -> dict[str, int]:
         """Wait until all that was written is on the disk; returns the CRC-32 of each tensor since the last time."""
@@ -196,7 +196,7 @@ class CheckedTensors:
     def expect(self, name: str, tensor: Tensor) -> None:
         """Raise DamagedWorkError if a tensor is not this one: the file is of another moment than the journal."""
         if not torch.equal(self.read(name), tensor):
-            raise _damaged(f"{self._folder} is of another moment than the journal beside it", self._anew)
+            raise damaged(f"{self._folder} is of another moment than the journal beside it", self._anew)
 
     def sync(self) -> None:
         """Wait until everything written here is on the disk."""
@@ -213,10 +213,11 @@ def our_own(folder: Path, anew: str) -> Iterator[None]:
     try:
         yield
     except BadModelError as error:
-        raise _damaged(f"{folder} is damaged ({error})", anew) from error
+        raise damaged(f"{folder} is damaged ({error})", anew) from error
 
 
-def _damaged(what: str, anew: str) -> DamagedWorkError:
+def damaged(what: str, anew: str) -> DamagedWorkError:
+    """The error of a run whose own files are not as it left them: what is wrong, and what a user does then."""
     return DamagedWorkError(f"what is finished must stay as it was written, and {what}; {anew} to begin anew")
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability
 from transformers import PreTrainedModel
 
 from qquant.adapter import Adapter
@@ -22,6 +24,7 @@ from qquant.merging import MergedReader
 from qquant.model_folder import read_config, skeleton
 from qquant.models.layouts import Layout, block_list, find_layout
 from qquant.shards import DTYPES, CheckpointReader, Entry, TensorSpec, read_ahead
+from qquant.telling import say_once
 
 _log = logging.getLogger("qquant")
 
@@ -62,6 +65,17 @@ def pick_dtype(name: str) -> torch.dtype | None:
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """What to compute in when nothing was asked for: float16 on a CPU is slow, and some operations lack it."""
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def tell_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Say once where another dtype would compute much faster; it is the user's to choose, because results differ."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if dtype == torch.bfloat16 and device.type == "cpu" and x86 and "AVX512" not in get_cpu_capability():
+        say_once(
+            "this processor has no AVX-512, and multiplies in bfloat16 four to nine times as slowly as in float32; "
+            "--dtype float32 is faster, and takes twice the memory for a block and its activations",
+            key="slow bfloat16",
+        )
 
 
 class TensorReader(Protocol):

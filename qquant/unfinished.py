@@ -31,7 +31,7 @@ from qquant.journal import Journal, alone, unfinished_beside
 from qquant.publish import Kind, put_in_place, refuse_existing, sync, sync_folder
 from qquant.ranks import ALONE, Ranks
 from qquant.run import Run, Shelf
-from qquant.shard_writer import CheckedTensors, ShardWriter, our_own
+from qquant.shard_writer import CheckedTensors, ShardWriter, damaged, our_own
 from qquant.shards import TensorSpec
 
 _log = logging.getLogger("qquant")
@@ -163,17 +163,27 @@ class UnfinishedRun(Run):
 
         Raises:
             UsageError: ``out`` has become something that may not be replaced.
+            DamagedWorkError: an earlier process completed the result, and it is not as it was.
         """
         if self.ranks.writer:
             if not self.sealed:
                 sync_folder(self.result)
                 self.keep(_SEALED, _seal_of(self.result))
+            elif not _carries(self._out, self.finished(_SEALED)):
+                self._refuse_damaged_result()
             if not _carries(self._out, self.finished(_SEALED)):
                 refuse_existing(self._out, self._kind, overwrite=self._overwrite)
                 put_in_place(self.result, self._out, aside=self.folder / "replaced")
             self._take_other_tries()
             self.remove()
         self.ranks.barrier()
+
+    def _refuse_damaged_result(self) -> None:
+        manifests = [self.result / name for name in self.finished(_SEALED) or {}]
+        for manifest in manifests:
+            for name, digest in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+                if not (file := self.result / name).is_file() or sha256(file) != digest:
+                    raise damaged(f"{file} is missing or damaged", _anew(self.folder))
 
     def _take_other_tries(self) -> None:
         """Move what other tries for the same output left into this run's folder, to be removed with it."""

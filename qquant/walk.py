@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from qquant.activations import Streams, in_memory
 from qquant.capture import BlockSource, Stream, check_finite, discover_stages, input_of
 from qquant.config import ModuleRecord, QuantizeConfig
+from qquant.errors import out_of_memory
 from qquant.folding import TOKENS as SCALING_TOKENS
 from qquant.folding import Passing, fold_block
-from qquant.heap import out_of_memory, return_unused_memory
+from qquant.heap import return_unused_memory
 from qquant.hooks import first_output, inputs_seen
 from qquant.models.layouts import Unit, block_list, linears
 from qquant.moments import Moments

@@ -101,6 +101,32 @@ def test_a_sample_that_changed_on_the_disk_is_an_error_and_costs_nothing_else(
         again(first=True)
 
 
+@pytest.mark.parametrize("spilled", [False, True])
+def test_a_journal_that_lost_its_last_lines_does_not_go_on_with_newer_samples(tmp_path: Path, spilled: bool) -> None:
+    out, lines = tmp_path / "out", list[bytes]()
+
+    def again(*, first: bool) -> None:
+        with going_on(out, QUANTIZED_FOLDER, {}, overwrite=False) as run:
+            streams = streams_of(run, spilled=spilled)
+            for block in range(4) if first else ():
+                for i, hidden in enumerate(some_hidden(block)):
+                    streams.hidden[i] = hidden
+                streams.begin_exact()
+                streams.commit(block, always=True)
+                lines.append((work_folder(out) / "journal.jsonl").read_bytes())
+            streams.restore()
+            assert torch.equal(streams.hidden[1], some_hidden(streams.block)[1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(StoppedError):
+        again(first=True)
+    for left, fits in ((3, True), (2, True), (1, False), (0, False)):  # two versions lie on the disk
+        (work_folder(out) / "journal.jsonl").write_bytes(lines[left])
+        expected = (StoppedError, "stopped") if fits else (DamagedWorkError, "is of another moment than the journal")
+        with pytest.raises(expected[0], match=expected[1]):
+            again(first=False)
+
+
 def test_samples_moved_to_the_disk_in_the_middle_are_all_there(tmp_path: Path) -> None:
     old, new = some_hidden(0), some_hidden(1)
     with going_on(tmp_path / "out", QUANTIZED_FOLDER, {}, overwrite=False) as run:

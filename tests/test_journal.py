@@ -93,6 +93,16 @@ def test_a_file_that_is_no_journal_is_refused(path: Path, content: str) -> None:
         Journal(path, RUN, resume=True)
 
 
+@pytest.mark.parametrize(("old", "new"), [('"a"', '"c"'), ("1.25", "1.24"), ('"crc32": ', '"crc32": 1')])
+def test_a_piece_that_changed_on_the_disk_is_refused(path: Path, old: str, new: str) -> None:
+    Journal(path, RUN, resume=False).add("a", {"error": 1.25, "name": "größe"})
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    before = path.read_bytes()
+    with pytest.raises(BadDataError, match=r"no journal of .* run; delete that file: the checksum of '.' differs"):
+        Journal(path, RUN, resume=True)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("content", ["a note of mine", '{"journal": 3', '{"mine": 1}'])
 def test_a_file_of_another_kind_is_refused_and_left_alone(path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")

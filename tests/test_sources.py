@@ -332,3 +332,19 @@ def test_devices_and_dtypes_have_names() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="--device cpu"):
             pick_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "told"),
+    [(torch.bfloat16, "AVX2", True), (torch.bfloat16, "AVX512", False), (torch.float32, "AVX2", False)],
+)
+def test_a_dtype_that_is_slow_on_this_processor_is_told(
+    dtype: torch.dtype, capability: str, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sources, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("qquant.telling.said", set())
+    sources.tell_slow_dtype(dtype, torch.device("cpu"))
+    assert ("--dtype float32 is faster" in caplog.text) == told
+    sources.tell_slow_dtype(dtype, torch.device("cuda"))
+    assert len(caplog.records) == told

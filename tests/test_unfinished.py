@@ -24,7 +24,7 @@ from qquant.needs import Needs
 from qquant.publish import put_in_place
 from qquant.quantizing import quantize_checkpoint
 from qquant.shard_writer import ShardWriter
-from qquant.shards import SINGLE_NAME, TensorSpec
+from qquant.shards import SINGLE_NAME, CheckpointReader, TensorSpec
 from qquant.unfinished import AnotherTry, UnfinishedRun, going_on, work_folder
 from tests.conftest import VOCAB, Factory
 
@@ -195,9 +195,17 @@ def test_a_run_cut_off_around_the_rename_is_finished_by_the_same_command(
 
 
 def stopped(source: Path, out: Path, method: str = "gptq") -> dict[str, bytes]:
-    """A run that is told to stop at its first linear; returns the files that it kept."""
+    """A run that is told to stop at its first linear, and finishes that stage; returns the files that it kept."""
+    seen: list[str] = []
+
+    def on_module(record: Any) -> None:
+        if not seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(record.name)
+
     with pytest.raises(StoppedError):
-        quantized(source, out, method, on_module=lambda record: os.kill(os.getpid(), signal.SIGTERM))
+        quantized(source, out, method, on_module=on_module)
+    assert len(seen) == 3, "queries, keys and values read one input"
     return kept(out)
 
 
@@ -234,6 +242,61 @@ def test_a_lost_file_of_a_run_is_an_error_and_costs_nothing_that_is_finished(
     assert {name: after[name] for name in before} == before
     shutil.rmtree(work_folder(out))
     quantized(source, out, "gptq")
+    assert left(out) == []
+
+
+def flip(file: Path, place: int) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        (before,) = stream.read(1)
+        stream.seek(place)
+        stream.write(bytes([before ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.qweight", "model.embed_tokens.weight"])
+def test_a_finished_tensor_that_changed_on_the_disk_is_an_error(checkpoint: Factory, tmp_path: Path, name: str) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+    stopped(source, out)
+    folder = work_folder(out) / "result"
+    file, place = folder / SINGLE_NAME, CheckpointReader(folder).entries[name].start + 3
+    flip(file, place)
+    with pytest.raises(DamagedWorkError, match=rf"{file} is damaged \(the checksum of {name} differs\); delete .*anew"):
+        quantized(source, out, "gptq")
+    flip(file, place)
+    quantized(source, out, "gptq")
+    assert left(out) == []
+
+
+def test_what_is_not_finished_may_change_on_the_disk(checkpoint: Factory, tmp_path: Path) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+    quantized(source, tmp_path / "whole", "gptq")
+    stopped(source, out)
+    folder = work_folder(out) / "result"
+    flip(folder / SINGLE_NAME, CheckpointReader(folder).entries["model.layers.1.mlp.down_proj.qweight"].start)
+    quantized(source, out, "gptq")
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_complete_result_that_changed_on_the_disk_is_not_published(
+    checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+
+    def cut(new: Path, place: Path, *, aside: Path) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qquant.unfinished.put_in_place", cut)
+        with pytest.raises(Cut):
+            quantized(source, out, "gptq")
+    file = work_folder(out) / "result" / SINGLE_NAME
+    flip(file, file.stat().st_size - 1)
+    with pytest.raises(DamagedWorkError, match=rf"{file} is missing or damaged; delete .* to begin anew"):
+        quantized(source, out, "gptq")
+    flip(file, file.stat().st_size - 1)
+    again: list[str] = []
+    quantized(source, out, "gptq", on_module=lambda record: again.append(record.name))
+    assert again == []
     assert left(out) == []
 
 

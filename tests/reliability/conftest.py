@@ -32,6 +32,8 @@ class Job:
     source: Path
     text: Path
     method: str
+    spilled: bool
+    """Whether its activations are kept on the disk."""
     whole: dict[str, str]
     """Tree of the output."""
     calls: tuple[Call, ...]
@@ -39,13 +41,23 @@ class Job:
 
     def order(self, room: Path, faults: Sequence[Fault] = (), *more: str, **options: Any) -> Order:
         """A run of it into ``room / "out"``."""
-        return Order(arguments(self.source, self.text, self.method, room, more), room, tuple(faults), **options)
+        given = arguments(self.source, self.text, self.method, room, more)
+        return Order(given, room, tuple(faults), spilled=self.spilled, **options)
 
 
 def arguments(source: Path, text: Path, method: str, room: Path, more: Sequence[str] = ()) -> tuple[str, ...]:
     """What the command line is given, with the output at ``room / "out"``."""
     places = ("--model", str(source), "--data", str(text), "--out", str(room / "out"))
     return (*places, "--method", method, *OPTIONS, *more)
+
+
+JOBS = {
+    "qwen2-best": ("qwen2", "best"),
+    "llama-gptq": ("llama", "gptq"),
+    "qwen2-tuned-spilled": ("qwen2", "best+tune:2", True),
+}
+"""What ``job`` is given, where a run is broken in its own bookkeeping: the last one keeps activations on the disk."""
+Jobs = Callable[..., Job]
 
 
 @pytest.fixture(scope="session")
@@ -56,25 +68,25 @@ def launcher() -> Launcher:
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Callable[..., Job]:
-    """``job(family, method)``: made and run once."""
-    made: dict[tuple[str, str], Job] = {}
+    """``job(family, method, spilled)``: made and run once."""
+    made: dict[tuple[str, str, bool], Job] = {}
     home = tmp_path_factory.mktemp("jobs")
     text = home / "calibration.txt"
     line = "The quick brown fox jumps over the lazy dog, and def add(left, right) returns {} while 你好世界.\n"
     text.write_text("".join(line.format(number) for number in range(12)), encoding="utf-8")
 
-    def get(family: str = "qwen2", method: str = "best") -> Job:
-        if (family, method) not in made:
+    def get(family: str = "qwen2", method: str = "best", spilled: bool = False) -> Job:
+        if (key := (family, method, spilled)) not in made:
             source = home / family
             if not source.exists():
                 make_checkpoint(source, family, **FAMILIES[family])
-            room = home / f"{family}-{method}"
+            room = home / f"{family}-{method}{'-spilled' * spilled}"
             room.mkdir()
-            ended = launcher.run(Order(arguments(source, text, method, room), room))
+            ended = launcher.run(Order(arguments(source, text, method, room), room, spilled=spilled))
             assert ended.code == EXIT_OK, ended.said
             assert [path.name for path in room.iterdir()] == ["out"]
-            made[family, method] = Job(source, text, method, tree(room / "out"), ended.calls, ended.seconds)
-        return made[family, method]
+            made[key] = Job(source, text, method, spilled, tree(room / "out"), ended.calls, ended.seconds)
+        return made[key]
 
     return get
 

@@ -41,6 +41,8 @@ class Order:
     folder: Path | None = None
     """Working directory."""
     threads: int = 1
+    spilled: bool = False
+    """As if no activations fitted into memory."""
     file_bytes: int | None = None
     """RLIMIT_FSIZE."""
     more_memory: int | None = None
@@ -157,10 +159,13 @@ def _work(order: Order, log: Path) -> None:
     import typer
 
     from qquant.gptq import quantize_command
+    from qquant.needs import Needs
     from tests.reliability.allocations import Refusing
     from tests.reliability.faulty import install
 
     torch.set_num_threads(order.threads)
+    if order.spilled:
+        setattr(Needs, "spills", lambda *_, **__: True)  # noqa: B010  mypy forbids the assignment
     # A list of the calls would meet the limit on the size of files before the output does.
     install(order.room, order.faults, None if order.file_bytes is not None else Path(f"{log}.calls"))
     if order.file_bytes is not None:

@@ -10,22 +10,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.reliability.conftest import Job
+from tests.reliability.conftest import JOBS, Job, Jobs
 from tests.reliability.faulty import Fault
-from tests.reliability.runs import EXIT_OK, EXIT_STOPPED, Launcher, assert_no_partial, finished, points
+from tests.reliability.runs import (
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    Launcher,
+    assert_no_partial,
+    assert_one_line,
+    finished,
+    points,
+    tree,
+)
 
 ROW = "killed and stopped"
-JOBS = {"qwen2-best": ("qwen2", "best"), "llama-gptq": ("llama", "gptq")}
 QUICK_POINTS = 6
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT}
-
-Jobs = Callable[..., Job]
 
 
 def recover(launcher: Launcher, job: Job, room: Path, *histories: Fault) -> str:
@@ -86,6 +92,23 @@ def test_every_named_point(name: str, kind: str, launcher: Launcher, job: Jobs, 
     kill_at([fault for fault in points(whole.calls) if fault.kind == kind], launcher, whole, room, outcome)
 
 
+def test_an_output_that_is_moved_away_before_its_run_tidied_up(
+    launcher: Launcher, job: Jobs, room: Path, tmp_path: Path, outcome: Any
+) -> None:
+    whole = job(*JOBS["llama-gptq"])
+    renamed = [number for number, call in enumerate(whole.calls, start=1) if call.file.endswith(" -> out")]
+    assert launcher.run(whole.order(room, [Fault("kill-after", renamed[-1])])).code == -signal.SIGKILL
+    (room / "out").rename(tmp_path / "mine")
+    before = tree(room)
+    ended = launcher.run(whole.order(room))
+    assert ended.code == EXIT_USAGE, ended.said
+    assert_one_line(ended)
+    assert tree(room) == before
+    outcome("refused, nothing touched")
+    (tmp_path / "mine").rename(room / "out")
+    outcome(settled(launcher, whole, room))
+
+
 def random_fault(chance: random.Random, calls: int) -> Fault:
     return Fault(chance.choice(["kill-before", "kill-half", "kill-after"]), chance.randint(1, calls))
 
@@ -93,14 +116,14 @@ def random_fault(chance: random.Random, calls: int) -> Fault:
 @pytest.mark.reliability
 @pytest.mark.parametrize("seed", range(50))
 def test_a_random_call(seed: int, launcher: Launcher, job: Jobs, room: Path, outcome: Any) -> None:
-    whole = job(*JOBS[list(JOBS)[seed % 2]])
+    whole = job(*JOBS[list(JOBS)[seed % len(JOBS)]])
     outcome(recover(launcher, whole, room, random_fault(random.Random(seed), len(whole.calls))))
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("seed", range(50))
 def test_a_random_time(seed: int, launcher: Launcher, job: Jobs, room: Path, outcome: Any) -> None:
-    whole = job(*JOBS[list(JOBS)[seed % 2]])
+    whole = job(*JOBS[list(JOBS)[seed % len(JOBS)]])
     running = launcher.start(whole.order(room))
     time.sleep(random.Random(seed).uniform(0, 1.2 * whole.seconds))
     running.tell(signal.SIGKILL)
@@ -115,7 +138,7 @@ def test_a_random_time(seed: int, launcher: Launcher, job: Jobs, room: Path, out
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_again_while_going_on(seed: int, launcher: Launcher, job: Jobs, room: Path, outcome: Any) -> None:
     chance = random.Random(1000 + seed)
-    whole = job(*JOBS[list(JOBS)[seed % 2]])
+    whole = job(*JOBS[list(JOBS)[seed % len(JOBS)]])
     calls = len(whole.calls)
     again = [random_fault(chance, calls // 4) for _ in range(1 + seed % 2)]
     outcome(recover(launcher, whole, room, Fault("kill-after", chance.randint(calls // 4, calls // 2)), *again))
@@ -164,7 +187,7 @@ def test_a_signal_at_half_of_the_way(kind: str, launcher: Launcher, job: Jobs, r
 def test_a_signal_at_a_random_call(
     seed: int, kind: str, launcher: Launcher, job: Jobs, room: Path, outcome: Any
 ) -> None:
-    whole = job(*JOBS[list(JOBS)[seed % 2]])
+    whole = job(*JOBS[list(JOBS)[seed % len(JOBS)]])
     number = random.Random(2000 + seed).randint(1, len(whole.calls))
     outcome(stop_at(kind, number, launcher, whole, room))
 
