@@ -32,12 +32,12 @@ class Job:
     source: Path
     text: Path
     method: str
-    spilled: bool
-    """Whether its activations are kept on the disk."""
     whole: dict[str, str]
     """Tree of the output."""
     calls: tuple[Call, ...]
     seconds: float
+    spilled: bool = False
+    """Whether its activations are kept on the disk."""
 
     def order(self, room: Path, faults: Sequence[Fault] = (), *more: str, **options: Any) -> Order:
         """A run of it into ``room / "out"``."""
@@ -85,7 +85,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Callabl
             ended = launcher.run(Order(arguments(source, text, method, room), room, spilled=spilled))
             assert ended.code == EXIT_OK, ended.said
             assert [path.name for path in room.iterdir()] == ["out"]
-            made[key] = Job(source, text, method, spilled, tree(room / "out"), ended.calls, ended.seconds)
+            made[key] = Job(source, text, method, tree(room / "out"), ended.calls, ended.seconds, spilled)
         return made[key]
 
     return get
