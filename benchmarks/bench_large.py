@@ -193,7 +193,7 @@ def main() -> int:
     if not complete and steps:
         whole = wall + (blocks - done) * walked / steps
         print(f"Ended after {done:.1f} blocks; the whole run is EXTRAPOLATED to {whole / 3600:.1f} hours.")
-    print(f"Whole command, verification included. Made by: `{result['command']}`")
+    print(f"Peak and totals are of whole commands, seconds per block of the walk alone. Made by: `{result['command']}`")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 1 if result["peak_mb"] > args.limit_mb else 0

@@ -17,7 +17,7 @@ from qquant.shards import DTYPE_NAMES, TensorSpec
 
 _KEY = "activations"
 _BLOCK = "block"
-"""On a shelf, beside the samples: in front of which block they stand."""
+"""On a shelf, beside the samples: in front of which block they stand; -1 from the first of them on that is replaced."""
 _SHARE = 0.05
 """Of the run's time, that bringing samples from memory to the disk may take."""
 _LEAST_SECONDS = 5.0
@@ -37,6 +37,7 @@ class Activations(Sequence[Tensor]):
         self._held: list[Tensor | None] = [None] * count
         self._at = [0] * count  # the slot of the newest version, of a spilled sample
         self._next = 0  # the slot that takes new versions; the other one holds what was committed last
+        self._begun = False  # whether it has taken one
 
     def __len__(self) -> int:
         return len(self._held)
@@ -52,9 +53,16 @@ class Activations(Sequence[Tensor]):
         if not self.spilled:
             self._held[i] = hidden
             return
-        assert self._slots is not None
-        self._slots[self._next].write(str(i), hidden)
+        self._replace(i, hidden)
         self._at[i] = self._next
+
+    def _replace(self, i: int, hidden: Tensor) -> None:
+        """Write a sample over an older version, which the journal says nothing of any more."""
+        assert self._slots is not None
+        if not self._begun:
+            self._slots[self._next].write(_BLOCK, torch.tensor(-1))
+            self._begun = True
+        self._slots[self._next].write(str(i), hidden)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
@@ -77,14 +85,14 @@ class Activations(Sequence[Tensor]):
         """
         assert self._slots is not None
         slot = self._next
-        self._slots[slot].write(_BLOCK, torch.tensor(block))
         for i in mine:
             held = self._held[i]
             if held is not None:
-                self._slots[slot].write(str(i), held)
+                self._replace(i, held)
             assert self.spilled <= (self._at[i] == slot), f"sample {i} was left behind"
+        self._slots[slot].write(_BLOCK, torch.tensor(block))
         self._slots[slot].sync()
-        self._next = 1 - slot
+        self._next, self._begun = 1 - slot, False
         return slot
 
     def committed(self, i: int) -> Tensor:
@@ -95,7 +103,7 @@ class Activations(Sequence[Tensor]):
     def restore(self, slot: int, mine: Sequence[int], block: int) -> None:
         """Take what was committed to ``slot``; DamagedWorkError if that stands in front of another block."""
         assert self._slots is not None
-        self._next = 1 - slot
+        self._next, self._begun = 1 - slot, False
         self._slots[slot].expect(_BLOCK, torch.tensor(block))
         for i in mine:
             self._at[i] = slot

@@ -100,7 +100,9 @@ def quantize_command(
     ] = 1,
     max_memory: Annotated[
         str | None,
-        typer.Option("--max-memory", help="Such as 5GB; what does not fit is kept on the disk. Default: what is free."),
+        typer.Option(
+            "--max-memory", help="Such as 5GB; what does not fit lies on the disk. Default: half of what is free."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",

@@ -116,11 +116,12 @@ def test_a_journal_that_lost_its_last_lines_does_not_go_on_with_newer_samples(tm
                 lines.append((work_folder(out) / "journal.jsonl").read_bytes())
             streams.restore()
             assert torch.equal(streams.hidden[1], some_hidden(streams.block)[1])
+            streams.hidden[0] = some_hidden(4)[0]  # the next block has begun, and lies where the last but one did
             raise KeyboardInterrupt
 
     with pytest.raises(StoppedError):
         again(first=True)
-    for left, fits in ((3, True), (2, True), (1, False), (0, False)):  # two versions lie on the disk
+    for left, fits in ((3, True), (2, not spilled), (1, False), (0, False)):  # two versions lie on the disk
         (work_folder(out) / "journal.jsonl").write_bytes(lines[left])
         expected = (StoppedError, "stopped") if fits else (DamagedWorkError, "is of another moment than the journal")
         with pytest.raises(expected[0], match=expected[1]):

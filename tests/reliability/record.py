@@ -12,9 +12,10 @@ import pytest
 COMMAND = "make reliability"
 _HEAD = f"""# Reliability: what was broken, and what came of it
 
-`{COMMAND}` runs everything in `tests/reliability/` and writes this page; nobody edits it. A part of it that takes under
-a minute belongs to `make test`. A *case* is one run that was killed, one call that failed, one damaged file and the
-like; a test counts as many cases as it made. *Failed* counts tests, and must be 0.
+`{COMMAND}` runs everything in `tests/reliability/` and writes this page; nobody edits it. A part of it, two minutes of
+one process, belongs to `make test`. A *case* is one run that was killed, one call that failed, one damaged file and
+the like; a test counts as many cases as it made. *Failed* counts tests, and must be 0. *Seconds* are summed over
+processes.
 """
 _FOOT = """## How things are broken
 
@@ -78,7 +79,7 @@ class Record:
         ]
         rows = sorted(self._rows.items())
         for name, row in rows:
-            outcomes = ", ".join(f"{word} {count}" for word, count in sorted(row.outcomes.items()))
+            outcomes = "; ".join(f"{count} × {word}" for word, count in sorted(row.outcomes.items()))
             skipped = f", {row.skipped} tests skipped" if row.skipped else ""
             cells = (name, row.tests, row.outcomes.total(), outcomes + skipped, len(row.failed), round(row.seconds))
             lines.append("| " + " | ".join(map(str, cells)) + " |")
