@@ -20,6 +20,8 @@ _SHRINK_FACTORS = tuple(1.0 - 0.025 * step for step in range(21))  # 1.0 down to
 _SEARCHED = 2**17
 """Weights that are searched together: what is made of them on the way stays in a processor's cache. (The column loop
 makes little on the way, and is searched in one piece.)"""
+_LEAST_ROWS = 256
+"""Of a piece: products of fewer rows are slow."""
 _LOOP_FACTORS = tuple(1.0 - 0.05 * step for step in range(7))  # 1.0 down to 0.7: each costs a column loop
 
 
@@ -108,7 +110,8 @@ def search_qparams(
     """
     if clip_search == "off":
         return choose_qparams(weight, bits=bits, sym=sym, signed=signed)
-    rows = len(weight) if clip_search == "loop" else max(1, _SEARCHED // weight.shape[1])
+    whole = clip_search == "loop" or weight.device.type != "cpu"
+    rows = max(1, len(weight)) if whole else max(_LEAST_ROWS, _SEARCHED // weight.shape[1])
     searched = [_searched(part, bits, sym, signed, clip_search, hessian, factor) for part in weight.split(rows)]
     scales, zeros = zip(*searched, strict=True)
     return torch.cat(scales), torch.cat(zeros)

@@ -20,7 +20,7 @@ import qquant
 from qquant.columns import group_columns
 from qquant.config import QuantizeConfig, QuantizeLog
 from qquant.device_map import check_places, computes_on_cpu
-from qquant.errors import BadModelError, NumericError, QquantError, UsageError
+from qquant.errors import BadModelError, NumericError, QquantError, UnprovenError, UsageError
 from qquant.finite import all_finite
 from qquant.gptq_keys import METHOD, GptqFileConfig, check_keys
 from qquant.hf_plugin import GptqLoader, say_kernels, swap_linears
@@ -239,7 +239,7 @@ def check_logits(written: Tensor, walked: Tensor) -> None:
     changes the norm by a large share.
 
     Raises:
-        NumericError: they differ by more, or are not finite.
+        UnprovenError: they differ by more, or are not finite.
     """
     if not all_finite(written):
         raise NumericError("the written checkpoint gives logits that are not finite; it was not published")
@@ -253,7 +253,7 @@ def check_logits(written: Tensor, walked: Tensor) -> None:
     # Sums of thousands of float32 products in another order differ by some 1e-5, whatever the dtype of the result, and
     # may round to a neighbour in a part of the elements.
     if difference > max(torch.finfo(written.dtype).eps / 2, 1e-4):
-        raise NumericError(
+        raise UnprovenError(
             f"the written checkpoint must give the logits of the walk, they differ by {difference:g} of their norm; "
             "it was not published"
         )

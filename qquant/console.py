@@ -57,7 +57,9 @@ def user_errors(*, debug: bool = False) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        _end(f"out of memory{f': {error}' if str(error) else ''}", DoesNotFitError.exit_code, debug=debug)
+        said = f": {error}" if str(error) else ""
+        remedy = "free some, or ask for less at a time"
+        _end(f"out of memory{said}; {remedy}", DoesNotFitError.exit_code, debug=debug)
 
 
 def size_in_bytes(text: str, option: str) -> int:

@@ -46,6 +46,10 @@ class NumericError(QquantError, ArithmeticError):
     exit_code = 6
 
 
+class UnprovenError(NumericError):
+    """What was written does not compute what was computed, although every number is sound."""
+
+
 class DiskError(QquantError, OSError):
     """Reading or writing failed underneath us."""
 

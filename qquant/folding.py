@@ -76,6 +76,16 @@ class Seam:
     """Of values: channels per head. Readers see each head of them several times over, once per query head."""
 
 
+@dataclass(frozen=True)
+class Folded:
+    """What was folded into one block."""
+
+    changed: dict[str, Tensor]
+    """Full name -> every tensor to be stored anew, as it is to be stored; packed weights are not among them."""
+    exponents: dict[str, list[int]]
+    """Maker of channels -> by which power of two each of them was divided; of those that were scaled."""
+
+
 def foldable(layout: Layout, blocks: int) -> set[str]:
     """Full names of all tensors but quantized linears' weights that a fold may change."""
     makers = [*_VALUES.values(), *_UNGATED.values(), *(unit.norm for unit in layout.units or ())]
@@ -112,7 +122,8 @@ def fold_block(
     samples: Sequence[Passing],
     outputs: dict[str, Tensor],
     stored_dtype: Callable[[str], torch.dtype | None],
-) -> dict[str, Tensor]:
+    exponents: Mapping[str, Sequence[int]] | None = None,
+) -> Folded:
     """Do what the method asks for to one block.
 
     Args:
@@ -124,9 +135,10 @@ def fold_block(
         outputs: full name of a linear -> blocks of E[g g^T] of its outputs; changed along with the outputs.
         stored_dtype: full name of a tensor -> the dtype in which it will be stored, None: that of the block. What is
             stored is also what is computed with.
+        exponents: of a fold of this block that was done before, to be done again; ``samples`` are not read then.
 
     Returns:
-        Full name -> every tensor that has to be stored anew, as it is to be stored; packed weights are not among them.
+        What was done.
     """
     recipe = config.recipe
     if layout.units is None:
@@ -135,17 +147,17 @@ def fold_block(
             f'of method "{config.method}" the rest is done',
             key="no folding",
         )
-        return {}
+        return Folded({}, {})
     names = list(linears(block))
     felt = {name: outputs[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in outputs}
     settings = {name: config.for_module(f"{prefix}.{name}") for name in names}
     folder = Folder(block, layout.units, settings, lambda name: stored_dtype(f"{prefix}.{name}"), felt)
     if recipe.scaling:
-        folder.scale(samples)
+        folder.scale(samples, exponents)
     if recipe.rotation:
         folder.rotate()
     outputs.update({f"{prefix}.{name}": moment for name, moment in felt.items()})
-    return {f"{prefix}.{name}": tensor for name, tensor in folder.changed.items()}
+    return Folded({f"{prefix}.{name}": tensor for name, tensor in folder.changed.items()}, folder.exponents)
 
 
 class Folder:
@@ -160,6 +172,7 @@ class Folder:
 
     Attributes:
         changed: tensors that have to be stored anew, by inner name; weights of quantized linears are not among them.
+        exponents: as ``Folded`` has them.
     """
 
     def __init__(
@@ -174,6 +187,7 @@ class Folder:
         self.block, self.settings, self.dtype_of, self.outputs = block, settings, dtype_of, outputs
         self.seams = list(seams(block, units, lambda name: settings[name] is not None))
         self.changed: dict[str, Tensor] = {}
+        self.exponents: dict[str, list[int]] = {}
 
     def rotate(self) -> None:
         """Turn each head's values by one orthogonal matrix, and the columns that read them."""
@@ -186,18 +200,25 @@ class Folder:
                 layer.weight = nn.Parameter(columns.to(layer.weight.dtype), requires_grad=False)
                 self._turn_outputs(seam, turn)
 
-    def scale(self, samples: Sequence[Passing]) -> None:
+    def scale(self, samples: Sequence[Passing], exponents: Mapping[str, Sequence[int]] | None = None) -> None:
         """Scale channels wherever that saves enough of the readers' rounding error.
 
         Args:
             samples: of the original model, as they enter the block.
+            exponents: as they were chosen before; ``samples`` are not read then.
         """
-        measured = _inputs(self.block, [seam.readers[0] for seam in self.seams], samples)
+        measured = _inputs(self.block, [seam.readers[0] for seam in self.seams], samples) if exponents is None else {}
         for seam in self.seams:
-            size, power = measured[seam.readers[0]]
-            factors = self._best(seam, self._as_made(seam, size), power)
+            if exponents is None:
+                size, power = measured[seam.readers[0]]
+                factors = self._best(seam, self._as_made(seam, size), power)
+            else:
+                known = exponents.get(seam.maker)
+                device = self._linear(seam.readers[0]).weight.device
+                factors = None if known is None else torch.tensor(known, device=device).double().exp2()
             if factors is None:
                 continue
+            self.exponents[seam.maker] = factors.log2().int().tolist()
             factors = self._as_stored(seam, factors.double())
             for name in seam.readers:
                 layer = self._linear(name)

@@ -19,8 +19,11 @@ from typing import Any
 
 from qquant.errors import BadDataError, DiskError, StoppedError, UsageError
 
-_BEGINNING = b'{"journal": 2, "identity": '
+_VERSION = 2
+_BEGINNING = b'{"journal": %d, "identity": ' % _VERSION
 """Of every journal: what may be cut off and begun anew."""
+_SHOWN = 100
+"""Characters of a value in a message."""
 
 
 class Journal:
@@ -84,6 +87,11 @@ class Journal:
                 self.remove()
             raise
 
+    @staticmethod
+    def begun(path: Path) -> bool:
+        """Whether a file is there with more than a first line that was cut off."""
+        return path.is_file() and b"\n" in path.read_bytes()
+
     def __contains__(self, key: str) -> bool:
         return key in self._pieces
 
@@ -128,7 +136,8 @@ class Journal:
             yield
 
     def _head(self) -> dict[str, Any]:
-        return {"journal": 2, "identity": self._identity}
+        head = {"journal": _VERSION, "identity": self._identity}
+        return {**head, "crc32": _checksum(head)}
 
     def _append(self, line: Mapping[str, Any], *, mode: str) -> None:
         try:
@@ -151,23 +160,33 @@ class Journal:
             return
         try:
             head, *lines = [json.loads(line) for line in whole.splitlines()]
+            if head["journal"] != _VERSION:
+                raise ValueError(f"its version is {head['journal']!r}")
             theirs = head["identity"]
             keys = {*mine, *theirs.keys()}
-            for line in lines:
+            for line in (head, *lines):
                 if line.pop("crc32") != _checksum(line):
-                    raise ValueError(f"the checksum of {line['key']!r} differs")
+                    raise ValueError(f"the checksum of {line.get('key', 'its first line')!r} differs")
             self._pieces = {line["key"]: line["piece"] for line in lines}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadDataError(f"{self._path} is no journal of an unfinished run; {self._anew}: {error}") from error
+            raise BadDataError(
+                f"{self._path} must be the journal of an unfinished run as it was written, and is not ({error}); put "
+                f"it back, or {self._anew} to begin anew"
+            ) from error
         differing = sorted(key for key in keys if mine.get(key) != theirs.get(key))
         if differing:
-            shown = "; ".join(f"{key} was {theirs.get(key)!r} and is {mine.get(key)!r}" for key in differing)
+            shown = "; ".join(f"{key} was {_cut(theirs.get(key))} and is {_cut(mine.get(key))}" for key in differing)
             raise UsageError(
                 f"{self._again} goes on with the same run only, and {self._path} is of another: {shown}; "
                 f"{self._anew} to begin anew"
             )
         if len(whole) < len(content):
             self._whole_bytes = len(whole)
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _checksum(line: Mapping[str, Any]) -> int:

@@ -67,15 +67,16 @@ class Making:
         self._hashes: dict[str, dict[str, str]] = {}
         self._device = self.source.device
 
-    def identity(self, **options: Any) -> dict[str, Any]:
-        """What the result depends on, ``options`` too. Reads every file of the model, and takes as long."""
+    def identity(self, *, with_files: bool = True, **options: Any) -> dict[str, Any]:
+        """What the result depends on, ``options`` too; with the model's files every byte of these is read."""
 
         def told(done: int, total: int) -> None:
             self.on_progress("comparing and noting the model's files: MB", done // 10**6, total // 10**6)
 
         folder = self.source.folder
-        self._hashes["source"] = files_sha256([*sorted(weight_files(folder)), folder / "config.json"], told)
-        if self.adapter is not None:
+        if with_files:
+            self._hashes["source"] = files_sha256([*sorted(weight_files(folder)), folder / "config.json"], told)
+        if with_files and self.adapter is not None:
             self._hashes["adapter"] = files_sha256([self.adapter / CONFIG_NAME, self.adapter / WEIGHTS_NAME])
         copied = files_sha256(list(self.beside.copied.values()))
         return run_identity(

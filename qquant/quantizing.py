@@ -96,6 +96,7 @@ def quantize_checkpoint(
     from qquant.model_folder import resolve_folder
     from qquant.padding import fit_to_ranks
     from qquant.ranks import ALONE
+    from qquant.run_identity import refuse_another_run
     from qquant.side_files import collect
     from qquant.sources import StreamedModel, tell_slow_dtype
     from qquant.stage_records import log_of
@@ -133,7 +134,10 @@ def quantize_checkpoint(
         on_progress=on_progress,
     )
     with together.agreed():
-        identity = making.identity(tensor_parallel=tensor_parallel) if together.writer else {}
+        identity = making.identity(with_files=together.writer, tensor_parallel=tensor_parallel)
+    theirs = together.json(identity)
+    with together.agreed():
+        refuse_another_run(identity, theirs, together.rank)
     with going_on(target, QUANTIZED_FOLDER, identity, overwrite=overwrite, ranks=together, number=number) as run:
         if not run.sealed:
             with together.agreed():
@@ -211,7 +215,8 @@ def quantize_mixed(
 
         def check(run: UnfinishedRun, choice: Choice = choice, first: bool = number == 0) -> None:
             nonlocal measured, correction
-            measured = mixed.measured_kl(run.result)
+            with run.own_result():
+                measured = mixed.measured_kl(run.result)
             run.may_stop()
             if max_kl is not None:
                 corrected = _STRICTER * measured.kl / choice.point.predicted_kl
@@ -334,6 +339,7 @@ def _room(
     from qquant.errors import BadModelError, UsageError
     from qquant.measure import free_memory_bytes
     from qquant.needs import IMPORTED_BYTES, quantizing_needs
+    from qquant.ranks import LANES
     from qquant.shapes import model_shapes
 
     lengths = [len(sample.input_ids) for sample in samples]
@@ -352,7 +358,8 @@ def _room(
                 f"--max-memory is for models whose memory can be predicted; leave it out: {error}"
             ) from error
         return False, 0
-    needs = quantizing_needs(shapes, config.recipe, samples=-(-count // ranks.size), **sizes)
+    lanes = len(range(0, LANES, ranks.size))  # of the rank that has most
+    needs = quantizing_needs(shapes, config.recipe, samples=-(-count * lanes // LANES), **sizes)
     disk = quantizing_needs(shapes, config.recipe, samples=count, **sizes).shelf_bytes
     on_cpu = source.device.type == "cpu"
     if max_memory is not None:

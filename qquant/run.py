@@ -58,7 +58,7 @@ class Run:
         yield from self._pieces.items()
 
     def keep(self, key: str, piece: Any) -> None:
-        """Keep a finished piece, a JSON value; what it stands for must be written."""
+        """Keep a finished piece, a JSON value; what it stands for must be written. None: it is unfinished again."""
         self._pieces[key] = piece
 
     def finish(self, key: str, piece: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 import qquant
 from qquant import _native
 from qquant.config import QuantizeConfig
+from qquant.errors import UsageError
 from qquant.identity import package_sha256
 from qquant.samples import Sample
 
@@ -66,9 +67,37 @@ def run_identity(
         **{key: value if not isinstance(value, dict) else json.dumps(value) for key, value in settings.items()},
         **options,
         "compute dtype": str(computed_in).removeprefix("torch."),
-        "device": torch.device(device).type,
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device": _device_name(torch.device(device)),
+        "processor": _processor(),
         "native modules": ", ".join(name for name, live, _ in _native.status() if live),
+        "Hessians": "torch" if _native.gram() is None else "compiled",
         **{f"version of {name}": number for name, number in versions().items()},
         "code of qquant": package_sha256(),
     }
+
+
+def refuse_another_run(mine: Mapping[str, Any], first: Mapping[str, Any], rank: int) -> None:
+    """Raise UsageError if a rank was told something else than the first one was.
+
+    Args:
+        mine: of this rank, by ``run_identity``.
+        first: of the first rank; may say more.
+        rank: this one.
+    """
+    differing = [key for key, value in mine.items() if value != first.get(key)]
+    if differing:
+        key = differing[0]
+        raise UsageError(
+            f"all ranks must do the same, but {key} is {str(mine[key])[:100]!r} of rank {rank} and "
+            f"{str(first.get(key))[:100]!r} of the first; start them with one command, on machines that are alike"
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _processor() -> str:
+    host = _native.host()
+    features = [] if host is None else sorted(name for name, there in host.cpu_features().items() if there)
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *features])

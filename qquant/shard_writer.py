@@ -91,15 +91,15 @@ class ShardWriter:
             if not file.is_file() or file.read_bytes() != text:
                 file.write_bytes(text)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; dtype and shape must be the planned ones."""
+    def write(self, name: str, tensor: Tensor) -> int:
+        """Write one tensor; dtype and shape must be the planned ones. Returns its CRC-32."""
         planned = self._plan[name]
         got = TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
         assert got == planned, f"{name}: planned {planned}, got {got}"
-        self.write_chunks(name, [tensor.detach().cpu().contiguous().reshape(-1)])
+        return self.write_chunks(name, [tensor.detach().cpu().contiguous().reshape(-1)])
 
-    def write_chunks(self, name: str, chunks: Iterator[Tensor] | Sequence[Tensor]) -> None:
-        """Write one tensor from flattened pieces."""
+    def write_chunks(self, name: str, chunks: Iterator[Tensor] | Sequence[Tensor]) -> int:
+        """Write one tensor from flattened pieces; returns its CRC-32."""
         spec = self._plan[name]
         file_name, start = self._places[name]
         written = checksum = 0
@@ -116,6 +116,7 @@ class ShardWriter:
         assert written == spec.nbytes, f"{name}: {written} bytes of {spec.nbytes}"
         self._unwritten.discard(name)
         self._checksums[name] = checksum
+        return checksum
 
     def written_before(self, names: Iterable[str]) -> None:
         """Take it that an earlier writer of these files wrote these tensors."""
@@ -138,14 +139,17 @@ class ShardWriter:
             if found != expected:
                 raise damaged(f"{self._folder / file_name} is damaged (the checksum of {name} differs)", anew)
 
-    def sync(self) -> dict[str, int]:
-        """Wait until all that was written is on the disk; returns the CRC-32 of each tensor since the last time."""
+    def take_checksums(self) -> dict[str, int]:
+        """The CRC-32 of every tensor that was written since this was asked last."""
+        taken, self._checksums = self._checksums, {}
+        return taken
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
         for file_name in sorted(self._unsynced):
             with (self._folder / file_name).open("rb") as stream:
                 os.fsync(stream.fileno())
         self._unsynced.clear()
-        written, self._checksums = self._checksums, {}
-        return written
 
     def close(self) -> None:
         """Check that every planned tensor was written and force all files to disk."""
@@ -179,8 +183,7 @@ class CheckedTensors:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Keep one tensor, or replace it."""
-        self._writer.write(name, tensor)
-        self._writer.write(f"{name}{_CRC}", _checksum(tensor))
+        self._writer.write(f"{name}{_CRC}", torch.tensor(self._writer.write(name, tensor)))
         self._sound.add(name)
 
     def read(self, name: str) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qquant import _native
-from qquant.errors import BadModelError
+from qquant.errors import BadModelError, DiskError
 from qquant.json_files import parse_json, read_json
 
 DTYPES: dict[str, torch.dtype] = {
@@ -318,5 +318,5 @@ def _read_fully(stream: RawIOBase, view: memoryview, entry: Entry) -> None:
     while len(view):
         count = stream.readinto(view)
         if not count:
-            raise BadModelError(f"{entry.file} ended early; it changed while it was read")
+            raise DiskError(f"{entry.file} ended early: it changed while it was read; the same command reads it again")
         view = view[count:]

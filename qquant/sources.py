@@ -303,7 +303,16 @@ class StreamedModel:
             _put(module, name, self._read(prefix + name, tensor))
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        return self._computed(name, self.reader.read(name), like)
+        spec = self.reader.spec(name)
+        stored = DTYPES[spec.dtype]
+        if not stored.is_floating_point or stored == like.dtype:
+            return self._computed(name, self.reader.read(name), like)
+        # Piece by piece: an output projection is large, and would be here twice.
+        found, start = torch.empty(spec.shape, dtype=like.dtype, device=self.device), 0
+        for chunk in self.finite_chunks(name):
+            found.view(-1)[start : start + len(chunk)].copy_(chunk)
+            start += len(chunk)
+        return found
 
     def _computed(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         """What was read of a tensor, checked, in the dtype and on the device in which it is computed with."""

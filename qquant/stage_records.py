@@ -18,7 +18,7 @@ def piece_of(records: list[ModuleRecord], skipped: list[str]) -> dict[str, Any]:
 
 def log_of(run: Run) -> QuantizeLog:
     """What a run's walk did to each module, whichever process did it."""
-    pieces = [piece for key, piece in run.items() if key.startswith(DONE)]
+    pieces = [piece for key, piece in run.items() if key.startswith(DONE) and piece]
     return QuantizeLog(
         modules=tuple(ModuleRecord.model_validate(record) for piece in pieces for record in piece["modules"]),
         skipped=tuple(name for piece in pieces for name in piece["skipped"]),
@@ -27,4 +27,4 @@ def log_of(run: Run) -> QuantizeLog:
 
 def changed_by_folds(run: Run) -> set[str]:
     """The tensors that are no quantized weights and that the walk changed."""
-    return {name for key, piece in run.items() if key.startswith(FOLDED) for name in piece}
+    return {name for key, piece in run.items() if key.startswith(FOLDED) for name in piece["changed"]}

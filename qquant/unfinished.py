@@ -24,6 +24,7 @@ from qquant.errors import (
     DoesNotFitError,
     NumericError,
     StoppedError,
+    UnprovenError,
     UsageError,
 )
 from qquant.identity import sha256
@@ -47,6 +48,8 @@ _SHELF = "shelf: "
 _AGAIN = "the same command"
 _OF_THE_INPUT = (BadModelError, BadDataError, NumericError)
 """What the same run would meet again, and another cannot use what is finished."""
+_OF_THE_WORK = (DamagedWorkError, UnprovenError)
+"""But not these: a file may be put back, and a proof may fail by a bit that flipped in memory."""
 
 
 class AnotherTry(Exception):
@@ -81,10 +84,12 @@ class UnfinishedRun(Run):
         return True
 
     def keep(self, key: str, piece: Any) -> None:
-        """Keep a finished piece on the disk, behind all that was written of the result."""
+        """Keep a finished piece on the disk, behind what was written of the result; None: it is unfinished again."""
         if self._journal is not None:
-            if self.writer is not None and (written := self.writer.sync()):
-                self._journal.add(f"{_WRITTEN}{key}", written)
+            if self.writer is not None:
+                self.writer.sync()
+                if written := self.writer.take_checksums():
+                    self._journal.add(f"{_WRITTEN}{key}", written)
             self._journal.add(key, piece)
         self._pieces[key] = piece
 
@@ -134,8 +139,9 @@ class UnfinishedRun(Run):
         with self.ranks.agreed():
             if self.ranks.writer:
                 self.writer = ShardWriter(self.result, plan, max_shard_bytes=max_shard_bytes, going_on=True, anew=anew)
-                for key in [key for key in self._pieces if f"{_WRITTEN}{key}" in self._pieces]:
-                    self.writer.compare(self._pieces[f"{_WRITTEN}{key}"], _anew(self.folder))
+                for key, piece in self._pieces.items():
+                    if piece is not None and (written := self.finished(f"{_WRITTEN}{key}")):
+                        self.writer.compare(written, _anew(self.folder))
                 sync_folder(self.result)
                 sync(self.folder)
 
@@ -268,10 +274,10 @@ def going_on(
             with _listening(run):
                 yield run
         except BaseException as error:
-            damaged = isinstance(error, DamagedWorkError)
-            if not len(journal) or (isinstance(error, _OF_THE_INPUT) and not damaged):
+            hopeless = isinstance(error, DamagedWorkError)
+            if not len(journal) or (isinstance(error, _OF_THE_INPUT) and not isinstance(error, _OF_THE_WORK)):
                 run.remove()
-            elif not damaged and not isinstance(error, (StoppedError, AnotherTry)):
+            elif not hopeless and not isinstance(error, (StoppedError, AnotherTry)):
                 _log.warning("what is finished is kept in %s; %s goes on from there", folder, _AGAIN)
             raise
 
@@ -280,6 +286,8 @@ def going_on(
 def _opened(out: Path, folder: Path, kind: Kind, identity: Mapping[str, Any], *, overwrite: bool) -> Iterator[Journal]:
     """The journal of a run that may begin or go on; meanwhile no other run has it."""
     refuse_output(out, kind, overwrite=overwrite)
+    if (folder / _RESULT).is_dir() and not Journal.begun(folder / _JOURNAL):
+        raise damaged(f"{folder / _JOURNAL} is missing or damaged", _anew(folder))
     if folder.exists() and not (folder / _JOURNAL).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"a run keeps its unfinished work in {folder}, and that is something else; move it away")
     journal = Journal(folder / _JOURNAL, identity, resume=True, again=_AGAIN, anew=_anew(folder))

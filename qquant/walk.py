@@ -166,16 +166,18 @@ class Walk:
             return
         ranks, stream = self.unfinished.ranks, self._stream
         entering = self._streams.hidden if self._streams.exact is None else self._streams.exact
+        done = self.unfinished.finished(key := f"{FOLDED}{prefix}")
         samples = []
-        for i in stream.spread(SCALING_TOKENS):
-            owner = ranks.owner(i)
-            hidden = ranks.share(entering[i] if owner == ranks.rank else None, owner)
+        for i in stream.spread(SCALING_TOKENS) if done is None else ():
+            hidden = ranks.share(entering[i] if (owner := ranks.owner(i)) == ranks.rank else None, owner)
             samples.append(Passing(hidden, calls[i], stream.masks[i]))
-        changed = fold_block(block, self.source.layout, prefix, self.config, samples, self._felt, self.stored_dtype)
-        if self.unfinished.finished(key := f"{FOLDED}{prefix}") is None:
-            for name, tensor in changed.items():
+        before = done and done["exponents"]  # other last bits might choose otherwise than what was written
+        given = (self.source.layout, prefix, self.config, samples, self._felt, self.stored_dtype)
+        folded = fold_block(block, *given, before)
+        if done is None:
+            for name, tensor in folded.changed.items():
                 self.keep(name, tensor)
-            self.unfinished.finish(key, sorted(changed))
+            self.unfinished.finish(key, {"changed": sorted(folded.changed), "exponents": folded.exponents})
 
     def _tune(self, block: nn.Module, prefix: str, entering: Callable[[int], Tensor], calls: Calls) -> None:
         """Train the scales of a block whose linears are all solved, and hand the solutions on."""
@@ -187,6 +189,8 @@ class Walk:
         lessons = Lessons(len(calls), lambda i: Lesson(entering(i), calls[i], exact[i], masks[i], felt))
         solved = {name.removeprefix(f"{prefix}."): solution for name, _, solution, _ in self._solved}
         found = tuned_scales(block, solved, lessons, self.config.recipe.tune) if solved else None
+        if self.unfinished.finished(key := f"{DONE}{prefix}"):  # what is written anew does not count meanwhile
+            self.unfinished.keep(key, None)
         for name, layer, solution, config in self._solved:
             if found is not None:
                 solution = replace(solution, scales=found[name.removeprefix(f"{prefix}.")])
@@ -195,7 +199,7 @@ class Walk:
         self._solved.clear()
         records, skipped = ([one for part in parts for one in part] for parts in zip(*self._untold, strict=True))
         self._untold.clear()
-        self.unfinished.keep(f"{DONE}{prefix}", piece_of(records, skipped))
+        self.unfinished.keep(key, piece_of(records, skipped))
         if found is not None:
             for i in self._mine:
                 self._streams.hidden[i] = first_output(block(entering(i), **calls[i]))
@@ -332,7 +336,8 @@ class Walk:
         layers = {f"{prefix}.{name}": _linear(block, name) for name in names}
         settings = {full: self.config.for_module(full) for full in layers}
         skipped = [full for full, chosen in settings.items() if chosen is None]
-        solved = solve_stage(layers, moments, settings, self._felt, self.unfinished.ranks)
+        given, ranks = (layers, moments, settings, self._felt), self.unfinished.ranks
+        solved = solve_stage(*given, ranks) if ranks.size > 1 else self._tried(solve_stage, *given, ranks)
         records = [self._install(full, layers[full], one) for full, one in solved.items()]
         if self.config.recipe.tune:
             self._untold.append((records, skipped))

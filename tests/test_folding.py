@@ -16,7 +16,7 @@ import qquant
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.capture import capture
 from qquant.config import QuantizeConfig
-from qquant.folding import Passing, fold_block, foldable, orthogonal, rounding_error
+from qquant.folding import Folded, Passing, fold_block, foldable, orthogonal, rounding_error
 from qquant.hooks import first_output
 from qquant.models.layouts import block_list
 from qquant.quantizing import quantize_checkpoint
@@ -84,7 +84,7 @@ def folded(model: Any, config: QuantizeConfig, samples: list[Sample]) -> dict[st
         prefix = f"{source.layout.blocks}.{index}"
         calls = [call[index] for call in stream.calls]
         passing = [Passing(hidden, call, None) for hidden, call in zip(stream.hidden, calls, strict=True)]
-        changed |= fold_block(block, source.layout, prefix, config, passing, {}, lambda name: None)
+        changed |= fold_block(block, source.layout, prefix, config, passing, {}, lambda name: None).changed
         stream.hidden = [first_output(block(one.hidden, **one.call)) for one in passing]
     return changed
 
@@ -126,7 +126,7 @@ def test_a_norm_is_divided_by_what_its_readers_are_multiplied_by(checkpoint: Fac
     settings = config("gptq+awq")
     block: Any = block_list(model, source.layout)[0]
     with torch.no_grad():
-        changed = fold_block(block, source.layout, "b", settings, passing, {}, lambda _: torch.bfloat16)
+        changed = fold_block(block, source.layout, "b", settings, passing, {}, lambda _: torch.bfloat16).changed
     assert changed["b.input_layernorm.weight"].dtype == torch.bfloat16
     assert torch.equal(changed["b.input_layernorm.weight"].double(), block.input_layernorm.weight)
     was = before["model.layers.0.input_layernorm.weight"] * before["model.layers.0.self_attn.k_proj.weight"]
@@ -234,7 +234,9 @@ def test_an_unknown_family_says_once_that_nothing_was_folded(
     unknown = type(layout)(blocks=layout.blocks, units=None)
     for _ in range(2):
         block = block_list(model, layout)[0]
-        assert fold_block(block, unknown, "model.layers.0", config("gptq+awq"), [], {}, lambda name: None) == {}
+        assert fold_block(block, unknown, "model.layers.0", config("gptq+awq"), [], {}, lambda name: None) == Folded(
+            {}, {}
+        )
     assert caplog.text.count("not folded") == 1
 
 

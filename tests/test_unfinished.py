@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qquant.calibrate import Sample, samples_from_ids
+from qquant.capture import head
 from qquant.checkpoint import QUANTIZED_FOLDER
 from qquant.config import QuantizeConfig, QuantizeLog
-from qquant.errors import BadModelError, DamagedWorkError, StoppedError, UsageError
+from qquant.errors import BadModelError, DamagedWorkError, StoppedError, UnprovenError, UsageError
+from qquant.folding import Folder
 from qquant.identity import sha256
 from qquant.journal import Journal
 from qquant.needs import Needs
@@ -297,6 +300,97 @@ def test_a_complete_result_that_changed_on_the_disk_is_not_published(
     again: list[str] = []
     quantized(source, out, "gptq", on_module=lambda record: again.append(record.name))
     assert again == []
+    assert left(out) == []
+
+
+@pytest.mark.parametrize("fault", ["deleted", "emptied", "cut off"])
+def test_a_lost_journal_is_an_error_and_not_a_new_beginning(checkpoint: Factory, tmp_path: Path, fault: str) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+    stopped(source, out)
+    journal = work_folder(out) / "journal.jsonl"
+    content = journal.read_bytes()
+    if fault == "deleted":
+        journal.unlink()
+    else:
+        journal.write_bytes(content[: 0 if fault == "emptied" else 40])
+    before = kept(out)
+    with pytest.raises(DamagedWorkError, match=rf"{journal} is missing or damaged; delete .*anew"):
+        quantized(source, out, "gptq")
+    assert kept(out) == before
+    journal.write_bytes(content)
+    quantized(source, out, "gptq")
+    assert left(out) == []
+
+
+def test_a_proof_that_fails_costs_nothing_that_is_finished(
+    checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+    noise = iter([1, 1.5])
+    with monkeypatch.context() as patch:
+        patch.setattr("qquant.making.head", lambda *given: next(noise) * head(*given))
+        with pytest.raises(UnprovenError, match="differ by"):
+            quantized(source, out, "gptq")
+    assert "is kept in" in caplog.text
+    again: list[str] = []
+    quantized(source, out, "gptq", on_module=lambda record: again.append(record.name))
+    assert again == []
+    assert left(out) == []
+
+
+def test_channels_are_not_chosen_anew(checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other last bits, on another number of threads say, might choose otherwise than what was written."""
+    source = checkpoint("qwen2", **ONE_BLOCK)
+    chosen: list[str] = []
+
+    def twos(folder: Folder, seam: Any, size: Tensor, power: Tensor) -> Tensor:
+        chosen.append(seam.maker)
+        return torch.full((seam.count,), 2.0)
+
+    monkeypatch.setattr(Folder, "_best", twos)
+    quantized(source, tmp_path / "whole", "gptq+awq")
+    of_a_block = len(chosen) // 2
+    assert of_a_block > 1
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        quantized(source, out, "gptq+awq", on_module=lambda record: os.kill(os.getpid(), signal.SIGTERM))
+    chosen.clear()
+    quantized(source, out, "gptq+awq")
+    assert len(chosen) == of_a_block, "of the other block only"
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_scales_that_are_tuned_again_may_differ_in_their_last_bits(
+    checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another number of threads. Cut off between the block and its activations, then while it is written anew."""
+    source, out = checkpoint("qwen2", **ONE_BLOCK), tmp_path / "out"
+    plain = UnfinishedRun.keep
+
+    def cut_at(kept_key: str, *, before: bool) -> Any:
+        def keep(run: UnfinishedRun, key: str, piece: Any) -> None:
+            ends = key == kept_key and piece is not None
+            if ends and before:
+                assert run.writer is not None
+                run.writer.sync()
+                raise Cut
+            plain(run, key, piece)
+            if ends:
+                raise Cut
+
+        return keep
+
+    def times(by: float) -> Any:
+        return lambda block, solved, *_: {name: by * solution.scales for name, solution in solved.items()}
+
+    for before, by in ((False, 1.0), (True, 2.0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(UnfinishedRun, "keep", cut_at("done: model.layers.0", before=before))
+            patch.setattr("qquant.walk.tuned_scales", times(by))
+            with pytest.raises(Cut):
+                quantized(source, out, "gptq+tune:1")
+    monkeypatch.setattr("qquant.walk.tuned_scales", times(1.0))
+    quantized(source, out, "gptq+tune:1")
     assert left(out) == []
 
 

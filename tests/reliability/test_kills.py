@@ -201,8 +201,10 @@ def test_a_signal_to_the_command_itself(kind: str, launcher: Launcher, job: Jobs
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     ) as process:
-        limit = time.monotonic() + 120
-        while process.poll() is None and not any(room.iterdir()) and time.monotonic() < limit:
+        journal, limit = room / "out.unfinished" / "journal.jsonl", time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < limit:
+            if journal.exists() and journal.read_bytes().count(b"\n") > 1:  # its first line is no piece
+                break
             time.sleep(0.01)
         process.send_signal(SIGNALS[kind])
         _, said = process.communicate(timeout=120)

@@ -16,6 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
+from qquant.config import QuantizeConfig
+from qquant.model_folder import read_config
+from qquant.needs import IMPORTED_BYTES, quantizing_needs
+from qquant.shapes import model_shapes
 from tests.reliability.conftest import Job
 from tests.reliability.runs import EXIT_OK, EXIT_STOPPED, Launcher, assert_no_partial, finished, tree
 
@@ -23,18 +27,25 @@ pytestmark = pytest.mark.reliability
 
 ROW = "several processes"
 JOBS = {"qwen2-best": ("qwen2", "best"), "llama-gptq": ("llama", "gptq")}
-KEPT_LINES = 3
-"""Of the journal, its head among them, when a process is killed."""
+REACHED = b'"done: model.layers.1'
+"""In the journal when a process is killed: of the second of three blocks something is finished."""
 ENDS_WITHIN_S = 60
 
 Jobs = Callable[..., Job]
 
 
-def torchrun(whole: Job, room: Path, ranks: int) -> subprocess.Popen[str]:
+def as_little_as_goes(whole: Job) -> tuple[str, str]:
+    """The option with which activations are kept on the disk."""
+    shapes, recipe = model_shapes(read_config(whole.source)), QuantizeConfig(method=whole.method).recipe
+    needs = quantizing_needs(shapes, recipe, samples=4, seq_len=32, device="cpu", element_bytes=4)
+    return "--max-memory", str(IMPORTED_BYTES + needs.fixed_bytes + 1)
+
+
+def torchrun(whole: Job, room: Path, ranks: int, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "-m", "qquant.gptq", *whole.order(room).arguments],
+        [*command, "-m", "qquant.gptq", *whole.order(room, [], *more).arguments],
         env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -52,7 +63,7 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def until_kept(process: subprocess.Popen[str], room: Path) -> None:
     """Wait until some pieces are finished."""
     journal, limit = room / "out.unfinished" / "journal.jsonl", time.monotonic() + 240
-    while not journal.exists() or journal.read_bytes().count(b"\n") < KEPT_LINES:
+    while not journal.exists() or REACHED not in journal.read_bytes():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit, "nothing was finished in time"
         time.sleep(0.005)
@@ -77,12 +88,13 @@ def test_any_number_of_processes_makes_the_same_bytes(
     outcome("same bytes")
 
 
+@pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize(("ranks", "killed", "then"), [(2, 0, 1), (2, 1, 4), (4, 0, 2), (4, 3, 2), (1, 0, 2)])
 def test_a_killed_process_ends_all_and_another_number_goes_on(
-    ranks: int, killed: int, then: int, launcher: Launcher, job: Jobs, room: Path, outcome: Any
+    ranks: int, killed: int, then: int, spilled: bool, launcher: Launcher, job: Jobs, room: Path, outcome: Any
 ) -> None:
     whole = job(*JOBS["qwen2-best"])
-    with torchrun(whole, room, ranks) as process:
+    with torchrun(whole, room, ranks, *(as_little_as_goes(whole) if spilled else ())) as process:
         until_kept(process, room)
         found = workers(process)
         assert len(found) == ranks
@@ -92,6 +104,8 @@ def test_a_killed_process_ends_all_and_another_number_goes_on(
         said = process.communicate(timeout=ENDS_WITHIN_S)[0]
     assert process.returncode not in (0, None), said
     assert not assert_no_partial(room / "out", whole.whole)
+    kept = (room / "out.unfinished" / "journal.jsonl").read_bytes()
+    assert spilled == (b'"activations"' in kept), "of a short run only activations that are spilled are kept"
     if then == 1:
         finished(launcher, whole.order(room), room / "out", whole.whole)
     else:
