@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def kept_as(**identity: Any) -> Edit:
         head = json.loads(first)
         assert head["identity"].keys() >= identity.keys()
         head["identity"].update(identity)
+        del head["crc32"]
+        head["crc32"] = zlib.crc32(json.dumps(head, ensure_ascii=False).encode())
         setting.journal.write_text(json.dumps(head) + "\n" + "".join(rest), encoding="utf-8")
 
     return edit
