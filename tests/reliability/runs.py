@@ -24,7 +24,7 @@ from tests.reliability.faulty import Call, Fault
 
 HANG_S = 240.0
 """A run takes one or two seconds alone, and some ten on a machine that has much else to do."""
-EXIT_OK, EXIT_USAGE, EXIT_MEMORY, EXIT_DISK, EXIT_STOPPED = 0, 2, 3, 7, 75
+EXIT_OK, EXIT_USAGE, EXIT_MEMORY, EXIT_DAMAGED, EXIT_DISK, EXIT_STOPPED = 0, 2, 3, 5, 7, 75
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from tests.reliability.conftest import Job
 from tests.reliability.faulty import Fault
 from tests.reliability.runs import (
+    EXIT_DAMAGED,
     EXIT_OK,
     EXIT_USAGE,
     Ended,
@@ -155,6 +157,8 @@ def test_work_of_another_version_is_not_taken(launcher: Launcher, whole: Job, ro
     head, *lines = journal.read_text(encoding="utf-8").splitlines()
     first = json.loads(head)
     first["identity"]["code"] = "0" * 64
+    del first["crc32"]
+    first["crc32"] = zlib.crc32(json.dumps(first, ensure_ascii=False).encode())
     journal.write_text("\n".join([json.dumps(first), *lines, ""]), encoding="utf-8")
     before = tree(room)
     refused(launcher.run(whole.order(room)), "code")
@@ -163,17 +167,31 @@ def test_work_of_another_version_is_not_taken(launcher: Launcher, whole: Job, ro
 
 
 @long
-@pytest.mark.parametrize("left", ["a line cut off", "an empty file", "half of the first line"])
-def test_a_journal_that_was_cut_off_is_gone_on_with(
+def test_a_journal_that_was_cut_off_is_gone_on_with(launcher: Launcher, whole: Job, room: Path, outcome: Any) -> None:
+    half_done(launcher, whole, room)
+    journal = room / WORK / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-7])
+    finished(launcher, whole.order(room), room / "out", whole.whole)
+    outcome("same bytes after going on")
+
+
+@long
+@pytest.mark.parametrize("left", ["nothing", "half of the first line"])
+def test_a_journal_that_lost_all_is_no_new_beginning(
     left: str, launcher: Launcher, whole: Job, room: Path, outcome: Any
 ) -> None:
     half_done(launcher, whole, room)
     journal = room / WORK / JOURNAL
     content = journal.read_bytes()
-    keep = {"a line cut off": len(content) - 7, "an empty file": 0, "half of the first line": content.index(b"\n") // 2}
-    journal.write_bytes(content[: keep[left]])
+    journal.write_bytes(content[: 0 if left == "nothing" else content.index(b"\n") // 2])
+    before = tree(room)
+    ended = launcher.run(whole.order(room))
+    assert ended.code == EXIT_DAMAGED, ended.said
+    assert_one_line(ended)
+    assert tree(room) == before
+    journal.write_bytes(content)
     finished(launcher, whole.order(room), room / "out", whole.whole)
-    outcome("same bytes after going on")
+    outcome("refused, same bytes once it is put back")
 
 
 @long

@@ -16,10 +16,9 @@ import pytest
 
 from tests.reliability.conftest import JOBS, Job, Jobs
 from tests.reliability.faulty import Fault
-from tests.reliability.runs import EXIT_OK, Launcher, assert_no_partial, assert_one_line, finished, tree
+from tests.reliability.runs import EXIT_DAMAGED, EXIT_OK, Launcher, assert_no_partial, assert_one_line, finished, tree
 
 ROW = "damaged unfinished work"
-EXIT_DAMAGED = 5
 MOMENTS = 3
 """Evenly between the first and the last call of a run; at the last of them its result is complete."""
 
@@ -46,7 +45,7 @@ def flipped(content: bytes, chance: random.Random) -> bytes | None:
 
 
 Damage = Callable[[bytes, random.Random], bytes | None]
-KINDS: tuple[Damage, ...] = (removed, emptied, cut, overwritten, flipped, flipped)
+KINDS: tuple[Damage, ...] = (removed, emptied, cut, overwritten, flipped)
 
 
 def left_at(moment: int, launcher: Launcher, whole: Job, home: Path) -> Path:

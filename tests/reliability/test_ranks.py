@@ -88,8 +88,10 @@ def test_any_number_of_processes_makes_the_same_bytes(
     outcome("same bytes")
 
 
-@pytest.mark.parametrize("spilled", [False, True])
-@pytest.mark.parametrize(("ranks", "killed", "then"), [(2, 0, 1), (2, 1, 4), (4, 0, 2), (4, 3, 2), (1, 0, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "killed", "then", "spilled"),
+    [(2, 0, 1, False), (2, 0, 1, True), (2, 1, 4, True), (4, 0, 2, True), (4, 3, 2, False), (1, 0, 2, True)],
+)
 def test_a_killed_process_ends_all_and_another_number_goes_on(
     ranks: int, killed: int, then: int, spilled: bool, launcher: Launcher, job: Jobs, room: Path, outcome: Any
 ) -> None:
