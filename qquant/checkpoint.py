@@ -255,7 +255,7 @@ def check_logits(written: Tensor, walked: Tensor) -> None:
     if difference > max(torch.finfo(written.dtype).eps / 2, 1e-4):
         raise UnprovenError(
             f"the written checkpoint must give the logits of the walk, they differ by {difference:g} of their norm; "
-            "it was not published"
+            "it was not published. The same command compares again; if that fails too, delete its unfinished work"
         )
     _log.info("the written checkpoint's logits differ from the walk's by %g of their norm", difference)
 

@@ -294,6 +294,8 @@ def _opened(out: Path, folder: Path, kind: Kind, identity: Mapping[str, Any], *,
     with journal.alone():
         seal = dict(journal.items()).get(_SEALED)
         if seal is not None and not (_carries(out, seal) or _carries(folder / _RESULT, seal)):
+            if (folder / _RESULT).is_dir():
+                raise damaged(f"{', '.join(seal)} in {folder / _RESULT} is not", _anew(folder))
             raise UsageError(
                 f"the run in {folder} has put its result in place, and it is not at {out} any more; {_anew(folder)} to "
                 "begin anew"

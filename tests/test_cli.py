@@ -52,11 +52,11 @@ ENDINGS: dict[str, tuple[BaseException, int, str]] = {
     "bad model": (BadModelError("no config.json\n  in m"), 4, "error: no config.json; in m\n"),
     "without a message": (QquantError(), 1, "error: QquantError\n"),
     "disk full": (OSError(errno.ENOSPC, "No space left", "o"), 7, "error: [Errno 28] No space left: 'o'\n"),
-    "out of memory": (MemoryError(), 3, "error: out of memory\n"),
+    "out of memory": (MemoryError(), 3, "error: out of memory; free some, or ask for less at a time\n"),
     "out of memory in torch": (
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
         3,
-        "error: out of memory: DefaultCPUAllocator: can't allocate memory\n",
+        "error: out of memory: DefaultCPUAllocator: can't allocate memory; free some, or ask for less at a time\n",
     ),
     "interrupted": (KeyboardInterrupt(), 130, "error: interrupted\n"),
 }

@@ -178,12 +178,12 @@ def test_a_layer_that_is_written_wrongly_is_never_published(
 ) -> None:
     plain = ShardWriter.write
 
-    def broken(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        plain(writer, name, tensor.flip(-1) if name == f"model.layers.1.mlp.up_proj.{part}" else tensor)
+    def broken(writer: ShardWriter, name: str, tensor: torch.Tensor) -> int:
+        return plain(writer, name, tensor.flip(-1) if name == f"model.layers.1.mlp.up_proj.{part}" else tensor)
 
     monkeypatch.setattr(ShardWriter, "write", broken)
     samples = samples_from_ids(torch.randint(0, VOCAB, (2, 32), generator=torch.Generator().manual_seed(0)))
     config = QuantizeConfig(method="gptq", group_size=32, sym=False)
     with pytest.raises(NumericError, match="logits of the walk"):
         qquant.quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "q", dtype=dtype)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["q.unfinished"]

@@ -292,11 +292,12 @@ def test_a_complete_result_that_changed_on_the_disk_is_not_published(
         patch.setattr("qquant.unfinished.put_in_place", cut)
         with pytest.raises(Cut):
             quantized(source, out, "gptq")
-    file = work_folder(out) / "result" / SINGLE_NAME
-    flip(file, file.stat().st_size - 1)
-    with pytest.raises(DamagedWorkError, match=rf"{file} is missing or damaged; delete .* to begin anew"):
-        quantized(source, out, "gptq")
-    flip(file, file.stat().st_size - 1)
+    for name in (SINGLE_NAME, "config.json", "manifest.json"):
+        file = work_folder(out) / "result" / name
+        flip(file, file.stat().st_size - 1)
+        with pytest.raises(DamagedWorkError, match=rf"{name} (in .* is not|is missing or damaged); delete .* anew"):
+            quantized(source, out, "gptq")
+        flip(file, file.stat().st_size - 1)
     again: list[str] = []
     quantized(source, out, "gptq", on_module=lambda record: again.append(record.name))
     assert again == []

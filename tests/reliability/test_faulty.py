@@ -67,7 +67,7 @@ def test_the_record_counts_what_passed_and_names_what_failed() -> None:
         record.add(report("t.py::good", when, "passed", {"same bytes": 3, "refused": 2}))
         record.add(report("t.py::bad", when, "failed" if when == "call" else "passed", {"same bytes": 7}))
     page = record.page()
-    assert "| a row | 2 | 5 | refused 2, same bytes 3 | 1 | 2 |" in page
+    assert "| a row | 2 | 5 | 2 × refused; 3 × same bytes | 1 | 2 |" in page
     assert "| all | 2 | 5 | | 1 | 2 |" in page
     assert "- **a row**: What it does." in page
     assert "- `t.py::bad`" in page
