@@ -113,7 +113,7 @@ class Journal:
             self._append(self._head(), mode="w")
         self._whole_bytes = None
         line = {"key": key, "piece": piece}
-        self._append({**line, "crc32": _checksum(line)}, mode="a")
+        self._append({**line, "crc32": checksum(line)}, mode="a")
         self._pieces[key] = json.loads(json.dumps(piece))
 
     def remove(self) -> None:
@@ -137,7 +137,7 @@ class Journal:
 
     def _head(self) -> dict[str, Any]:
         head = {"journal": _VERSION, "identity": self._identity}
-        return {**head, "crc32": _checksum(head)}
+        return {**head, "crc32": checksum(head)}
 
     def _append(self, line: Mapping[str, Any], *, mode: str) -> None:
         try:
@@ -165,7 +165,7 @@ class Journal:
             theirs = head["identity"]
             keys = {*mine, *theirs.keys()}
             for line in (head, *lines):
-                if line.pop("crc32") != _checksum(line):
+                if line.pop("crc32") != checksum(line):
                     raise ValueError(f"the checksum of {line.get('key', 'its first line')!r} differs")
             self._pieces = {line["key"]: line["piece"] for line in lines}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -189,7 +189,8 @@ def _cut(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _checksum(line: Mapping[str, Any]) -> int:
+def checksum(line: Mapping[str, Any]) -> int:
+    """The CRC-32 that a line of a journal carries of everything else in it."""
     return zlib.crc32(json.dumps(line, ensure_ascii=False).encode())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from qquant import profile_grid
 from qquant.errors import UsageError
 from qquant.evaluation import evaluate_checkpoints, evaluate_long_context
+from qquant.journal import checksum
 from qquant.profile_grid import Grid, profile_models
 from qquant.profile_report import CellRequest, ProfileCell
 from qquant.results import Result
@@ -114,7 +114,7 @@ def kept_as(**identity: Any) -> Edit:
         assert head["identity"].keys() >= identity.keys()
         head["identity"].update(identity)
         del head["crc32"]
-        head["crc32"] = zlib.crc32(json.dumps(head, ensure_ascii=False).encode())
+        head["crc32"] = checksum(head)
         setting.journal.write_text(json.dumps(head) + "\n" + "".join(rest), encoding="utf-8")
 
     return edit

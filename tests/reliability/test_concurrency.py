@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qquant.journal import checksum
 from tests.reliability.conftest import Job
 from tests.reliability.faulty import Fault
 from tests.reliability.runs import (
@@ -158,7 +158,7 @@ def test_work_of_another_version_is_not_taken(launcher: Launcher, whole: Job, ro
     first = json.loads(head)
     first["identity"]["code"] = "0" * 64
     del first["crc32"]
-    first["crc32"] = zlib.crc32(json.dumps(first, ensure_ascii=False).encode())
+    first["crc32"] = checksum(first)
     journal.write_text("\n".join([json.dumps(first), *lines, ""]), encoding="utf-8")
     before = tree(room)
     refused(launcher.run(whole.order(room)), "code")
