@@ -20,10 +20,10 @@ from transformers import AutoTokenizer
 
 from qquant import QuantizeConfig, load_samples, quantize_checkpoint
 from qquant.checkpoint import reopen
+from qquant.divergence import divergence
 from qquant.mixed_precision import RECORD_NAME, MixedPrecision, measure
 from qquant.quantizing import quantize_mixed
 from qquant.samples import Sample, samples_from_ids
-from qquant.sensitivity import divergence
 from qquant.sources import StreamedModel
 
 

@@ -6,22 +6,17 @@ capture.py's, when they change is walk.py's.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from qquant.run import Run, Shelf
+from qquant.run import Pace, Run, Shelf
 from qquant.shards import DTYPE_NAMES, TensorSpec
 
 _KEY = "activations"
 _BLOCK = "block"
 """On a shelf, beside the samples: in front of which block they stand; -1 from the first of them on that is replaced."""
-_SHARE = 0.05
-"""Of the run's time, that bringing samples from memory to the disk may take."""
-_LEAST_SECONDS = 5.0
-"""Between two such times: what lies between is done again faster."""
 
 
 class Activations(Sequence[Tensor]):
@@ -148,7 +143,7 @@ class Streams:
         self.exact = made("exact") if with_exact else None
         self.restored, self.block = False, 0
         """Whether samples were found that an earlier process committed, and in front of which block they stand."""
-        self._committed, self._cost = time.monotonic(), 0.0
+        self._pace = Pace()
 
     def restore(self) -> None:
         """Take the samples that were committed last, if there are any."""
@@ -167,16 +162,12 @@ class Streams:
         """
         if not self._run.lasting:
             return
-        waited = time.monotonic() - self._committed
-        due = waited > max(_LEAST_SECONDS, self._cost / _SHARE)
-        if not self._run.ranks.any(always or self.hidden.spilled or due):
+        if not self._run.ranks.any(always or self.hidden.spilled or self._pace.due):
             return
-        began = time.monotonic()
-        (slot,) = {stream.commit(self._mine, block) for stream in self._all()}
-        self._run.ranks.barrier()
-        self._run.finish(_KEY, {"block": block, "slot": slot})
-        self._committed = time.monotonic()
-        self._cost = self._committed - began
+        with self._pace.saving():
+            (slot,) = {stream.commit(self._mine, block) for stream in self._all()}
+            self._run.ranks.barrier()
+            self._run.finish(_KEY, {"block": block, "slot": slot})
 
     def entering(self) -> Callable[[int], Tensor]:
         """Sample -> as the quantized model has it now, also when it has gone on; kept in memory by no lasting run.

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qquant.adapter_settings import Settings
+from qquant.adapter_settings import WEIGHTS_NAME, Settings
 from qquant.errors import BadModelError
 from qquant.shards import DTYPES, CheckpointReader
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"

@@ -19,6 +19,7 @@ from qquant.json_files import read_json
 _log = logging.getLogger("qquant")
 
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 
 # Keys that say how an adapter was trained, or that the weights file says as well.
 _HARMLESS = frozenset((

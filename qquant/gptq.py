@@ -23,8 +23,8 @@ from qquant.quantizing import quantize_checkpoint, quantize_mixed
 if TYPE_CHECKING:
     from qquant.calibrate import Mixture, Sample
     from qquant.config import QuantizeConfig, QuantizeLog
+    from qquant.divergence import Divergence
     from qquant.mixed_precision import Choice, MixedPrecision
-    from qquant.sensitivity import Divergence
 
 _log = logging.getLogger("qquant")
 _NAMED = 8  # linears that the summary names of those that were not quantized as asked
@@ -145,8 +145,6 @@ def quantize_command(
         ranks, own_device = until_the_end.enter_context(joined(device))
         until_the_end.callback(_log.setLevel, _log.level)
         _log.setLevel(logging.DEBUG if debug else logging.NOTSET if ranks.writer else logging.ERROR)
-        if ranks.size > 1 and target:
-            raise UsageError("a mix of bits is measured by one process; leave out torchrun, or the target")
         if adapter is not None:
             adapter = adapter.expanduser()
             Adapter(adapter)  # whether it can be merged at all is said before any data is read
@@ -177,15 +175,12 @@ def quantize_command(
         if target:
             from qquant.mixed_precision import measure
 
-            with step_progress() as on_progress:
-                mixed = measure(
-                    folder,
-                    samples,
-                    config,
-                    sensitivity_tokens=sensitivity_tokens,
-                    on_progress=on_progress,
-                    **where,
-                )
+            with step_progress(shown=ranks.writer) as on_progress:
+                where |= {"sensitivity_tokens": sensitivity_tokens, "out": None if dry_run else out}
+                where |= {"overwrite": overwrite, "ranks": ranks}
+                mixed = measure(folder, samples, config, on_progress=on_progress, **where)
+            if dry_run and not ranks.writer:
+                return
             if dry_run:
                 choice = mixed.choose(**target)
                 _show_choice(mixed, choice)
@@ -196,7 +191,8 @@ def quantize_command(
             run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, "max_memory": memory}
             run |= listeners._asdict()
             if target:
-                log, measured = quantize_mixed(mixed, out, **target, on_choice=partial(_show_choice, mixed), **run)
+                show = partial(_show_choice, mixed) if ranks.writer else _show_nothing
+                log, measured = quantize_mixed(mixed, out, **target, on_choice=show, **run)
             else:
                 log = quantize_checkpoint(folder, samples, config, out, ranks=ranks, **where, **run)
         if not ranks.writer:
@@ -260,6 +256,10 @@ def _show_choice(mixed: MixedPrecision, choice: Choice, before: float | None = N
         mix = ", ".join(f"{count} {label}" for label, count in point.stages.items())
         line = mixed.line_kl(point.size_bytes)
         typer.echo(f"{mark:2} {point.size_bytes:14,d}  {point.predicted_kl:12.2e}  {line:11.2e}  {mix}", err=True)
+
+
+def _show_nothing(choice: Choice, before: float | None = None) -> None:
+    """On ranks that say nothing."""
 
 
 def _say_measured(found: Divergence) -> None:

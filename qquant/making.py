@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from qquant.activations import Streams
-from qquant.adapter import WEIGHTS_NAME
-from qquant.adapter_settings import CONFIG_NAME
 from qquant.calibrate import Sample
 from qquant.capture import Stream, capture, head
 from qquant.checkpoint import check_logits, quantization_keys, reopen, write_manifest
@@ -27,8 +25,8 @@ from qquant.identity import files_sha256
 from qquant.linear import QuantLinear
 from qquant.models.layouts import block_list
 from qquant.packing import PARTS, dequantize
-from qquant.run_identity import run_identity
-from qquant.shards import DTYPES, CheckpointReader, TensorSpec, weight_files
+from qquant.run_identity import model_hashes, run_identity
+from qquant.shards import DTYPES, CheckpointReader, TensorSpec
 from qquant.side_files import SideFiles
 from qquant.solver import Solution
 from qquant.sources import StreamedModel
@@ -69,15 +67,8 @@ class Making:
 
     def identity(self, *, with_files: bool = True, **options: Any) -> dict[str, Any]:
         """What the result depends on, ``options`` too; with the model's files every byte of these is read."""
-
-        def told(done: int, total: int) -> None:
-            self.on_progress("comparing and noting the model's files: MB", done // 10**6, total // 10**6)
-
-        folder = self.source.folder
         if with_files:
-            self._hashes["source"] = files_sha256([*sorted(weight_files(folder)), folder / "config.json"], told)
-        if with_files and self.adapter is not None:
-            self._hashes["adapter"] = files_sha256([self.adapter / CONFIG_NAME, self.adapter / WEIGHTS_NAME])
+            self._hashes = model_hashes(self.source.folder, self.adapter, self.on_progress)
         copied = files_sha256(list(self.beside.copied.values()))
         return run_identity(
             files={name: digest for part in self._hashes.values() for name, digest in part.items()},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,24 +17,27 @@ from typing import Any
 import torch
 
 from qquant.allocation import Allocation, Allocator, Option
-from qquant.checkpoint import plan_tensors, reopen
+from qquant.checkpoint import QUANTIZED_FOLDER, plan_tensors, reopen
 from qquant.config import QuantizeConfig
+from qquant.divergence import Divergence, divergence
 from qquant.errors import BadDataError, UsageError
+from qquant.mixed_samples import SENSITIVITY_TOKENS, probes_of, split
 from qquant.mixed_settings import label, rules_for, settings_of, stage_bytes
 from qquant.model_folder import resolve_folder
 from qquant.padding import fit_to_ranks
+from qquant.ranks import ALONE, Ranks
+from qquant.run import Run
+from qquant.run_identity import agreed_identity, model_hashes, refuse_ranks, run_identity
 from qquant.samples import Sample
-from qquant.sensitivity import Divergence, StageCost, divergence, measure_stages
+from qquant.sensitivity import measure_stages
 from qquant.shard_writer import written_bytes
 from qquant.sources import StreamedModel
-from qquant.telling import OnProgress, say_once, unheard
+from qquant.stage_costs import StageCost
+from qquant.telling import OnProgress, unheard
+from qquant.unfinished import MEASURING, going_on
 
 RECORD_NAME = "mixed_precision.json"
 """In the quantized folder: target, frontier, costs and what was chosen."""
-SENSITIVITY_TOKENS = 2048
-"""Tokens that costs are measured on; see docs/mixed-precision.md for what fewer or more change."""
-CHECK_TOKENS = 8192
-"""Tokens, used for nothing else, on which the result is compared with the original."""
 FEW_CHECK_TOKENS = 2048
 """Over fewer a mean KL is uncertain by 5 % and more: over 48 windows of 256 tokens its standard error was 1.7 to 2.1 %
 of it on three models, which makes 4 to 5 % over 8 windows."""
@@ -45,9 +49,6 @@ what was predicted was measured."""
 BEST_LEAVES = "0.3 to 0.8"
 """Share of a predicted KL that method "best" left: 16 mixes of four models, docs/mixed-precision.md."""
 
-_WINDOW = 256  # tokens of a sequence that KL is measured on: logits of a large vocabulary take 600 kB each
-_DATA_TOKENS = 1 << 16  # in the Hessians: six times the longest rows of a 7B model
-_CHECK_SHARE = 8  # at most one sample in so many is kept for the check
 _POINTS = 10
 _log = logging.getLogger("qquant")
 
@@ -93,6 +94,8 @@ class MixedPrecision:
     max_shard_bytes: int
     adapter: Path | None
     tensor_parallel: int
+    ranks: Ranks
+    """The processes that measured together, and go on together."""
     allocator: Allocator = field(init=False)
     _beside: int = field(init=False)
 
@@ -207,9 +210,10 @@ class MixedPrecision:
         return self._point(self._allocation(chosen))
 
     def measured_kl(self, folder: Path) -> Divergence:
-        """KL(original || folder) on the held-out windows, both computed in float32."""
-        other = reopen(folder, dtype=self.source.dtype, device=self.source.device)
-        return divergence(self.source, other, self.check)
+        """KL(original || folder) on the held-out windows, both computed in float32; every rank calls this."""
+        with self.ranks.agreed():
+            other = reopen(folder, dtype=self.source.dtype, device=self.source.device)
+        return divergence(self.source, other, self.check, ranks=self.ranks)
 
     def record(self, choice: Choice, target: Mapping[str, float], measured: Divergence) -> dict[str, Any]:
         """All that led to a choice, for a JSON file."""
@@ -277,11 +281,16 @@ def measure(
     device: torch.device | str = "cpu",
     adapter: str | Path | None = None,
     tensor_parallel: int = 1,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
     on_progress: OnProgress = unheard,
 ) -> MixedPrecision:
     """Measure what each stage of a model costs at 4 and 8 bits.
 
-    The model is computed in float32, whatever it is stored in: rounding to bfloat16 costs more than 8 bits do.
+    The model is computed in float32, whatever it is stored in: rounding to bfloat16 costs more than 8 bits do. What was
+    measured for an output is kept in ``out.unfinished-measured`` until that is published, for any target: the same
+    call after an interruption goes on there.
 
     Args:
         model: folder or hub id of the original.
@@ -293,11 +302,16 @@ def measure(
         device: where blocks are computed.
         adapter: a LoRA adapter to merge.
         tensor_parallel: as for ``quantize_checkpoint``.
+        out: the folder that will be made of it; None: what is measured is kept in memory only.
+        overwrite: as for ``quantize_checkpoint``.
+        ranks: the processes that do this together, each with the same arguments.
         on_progress: told of each block.
 
     Raises:
-        UsageError: other bits, or a linear that neither 4 nor 8 bits can hold.
+        UsageError: other bits, or a linear that neither 4 nor 8 bits can hold; what was measured for ``out`` before is
+            of another model, other data or options.
         BadDataError: fewer than three samples.
+        StoppedError: SIGINT or SIGTERM came; what is measured is kept.
     """
     if config.bits != 4:
         raise UsageError(f"mixed precision chooses between 4 and 8 bits, so bits must be left at 4, got {config.bits}")
@@ -306,15 +320,37 @@ def measure(
             f"mixed precision needs at least 3 calibration samples, one of them to check the result on; got "
             f"{len(samples or [])}"
         )
-    calibration, check = _split(samples)
-    probes, data = _probes(calibration, sensitivity_tokens, apart=config.needs_data)
+    calibration, check = split(samples)
+    refuse_ranks(ranks, config, len(calibration))
+    probes, data = probes_of(calibration, sensitivity_tokens, apart=config.needs_data)
     tuned = None if adapter is None else Path(adapter).expanduser()
     source = StreamedModel(resolve_folder(str(model)), dtype=torch.float32, device=device, adapter=tuned)
     fit_to_ranks(source, config, tensor_parallel)
-    costs = measure_stages(source, probes, data, lambda shape: settings_of(shape, config), on_progress=on_progress)
-    if not costs:
-        raise UsageError("the rules leave every linear layer alone, so there is nothing to choose; remove some")
-    return MixedPrecision(source, config, costs, calibration, check, max_shard_bytes, tuned, tensor_parallel)
+
+    def identity(*, with_files: bool) -> dict[str, Any]:
+        hashes = model_hashes(source.folder, tuned, on_progress) if with_files else {}
+        return run_identity(
+            files={name: digest for part in hashes.values() for name, digest in part.items()},
+            beside={},
+            config=config,
+            samples=samples,
+            computed_in=source.dtype,
+            device=source.device,
+            options={"sensitivity_tokens": sensitivity_tokens, "tensor_parallel": tensor_parallel},
+        )
+
+    with ExitStack() as until_measured:
+        run = Run(ranks)
+        if out is not None:
+            told, kind = agreed_identity(identity, ranks), QUANTIZED_FOLDER
+            kept = going_on(Path(out), kind, told, overwrite=overwrite, ranks=ranks, part=MEASURING)
+            run = until_measured.enter_context(kept)
+        costs = measure_stages(
+            source, probes, data, lambda shape: settings_of(shape, config), run=run, on_progress=on_progress
+        )
+        if not costs:
+            raise UsageError("the rules leave every linear layer alone, so there is nothing to choose; remove some")
+    return MixedPrecision(source, config, costs, calibration, check, max_shard_bytes, tuned, tensor_parallel, ranks)
 
 
 def choose(
@@ -343,49 +379,6 @@ def choose(
         raise UsageError("give either target_bytes or max_kl")
     mixed = measure(model, samples, config or QuantizeConfig(), **options)
     return mixed.choose(target_bytes=target_bytes, max_kl=max_kl).config
-
-
-def _split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Calibration samples, and windows of those that are kept apart: every eighth, or fewer if they are long."""
-    windows = -(-CHECK_TOKENS // _WINDOW)
-    per_sample = max(1, max(len(sample.input_ids) for sample in samples) // _WINDOW)
-    count = max(1, min(len(samples) // _CHECK_SHARE, -(-windows // per_sample)))
-    kept = {round((place + 0.5) * len(samples) / count - 0.5) for place in range(count)}
-    cut = [window for place in sorted(kept) for window in _windows(samples[place])]
-    return [sample for place, sample in enumerate(samples) if place not in kept], cut[:windows]
-
-
-def _probes(samples: Sequence[Sample], tokens: int, *, apart: bool) -> tuple[list[Sample], list[Sample]]:
-    """Windows to measure costs on, from samples spread over all, and samples for Hessians.
-
-    These are the others (``apart``: they should be), or all if fewer than half are left.
-    """
-    count = max(1, min(len(samples), -(-tokens // _WINDOW)))
-    picked = sorted({round((place + 0.5) * len(samples) / count - 0.5) for place in range(count)})
-    probes = [_windows(samples[place])[0] for place in picked]
-    others = [sample for place, sample in enumerate(samples) if place not in set(picked)]
-    if len(others) < len(samples) / 2:
-        others = list(samples)
-        if apart:
-            say_once(
-                f"costs are measured on samples that are in the Hessians too, so that they may come out too low: "
-                f"{len(picked)} of {len(samples)} samples would be needed apart; give more samples (--n-samples), or "
-                "lower --sensitivity-tokens",
-                key="probes in Hessians",
-            )
-    longest = max(len(sample.input_ids) for sample in others)
-    count = max(1, min(len(others), _DATA_TOKENS // longest))
-    return probes, [others[place * len(others) // count] for place in range(count)]
-
-
-def _windows(sample: Sample) -> list[Sample]:
-    """A sample in pieces of at most 256 tokens, leaving out those without a token that counts."""
-    pieces = [
-        Sample(ids, mask)
-        for ids, mask in zip(sample.input_ids.split(_WINDOW), sample.mask.split(_WINDOW), strict=True)
-        if bool(mask.any()) and len(ids) > 1
-    ]
-    return pieces or [sample]
 
 
 def _mix(point: Point) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from qquant.config import ModuleOverride, QuantizeConfig
 from qquant.errors import UsageError
 from qquant.packing import packable
-from qquant.sensitivity import StageShape
+from qquant.stage_costs import StageShape
 from qquant.stored_bytes import LinearShape, packed_bytes
 
 _FINER = (64, 32)  # group sizes tried at 4 bits beside the general one

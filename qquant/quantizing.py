@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qquant.telling import OnProgress, say_once, unheard
 
@@ -22,16 +24,16 @@ if TYPE_CHECKING:
 
     from qquant.calibrate import Sample
     from qquant.config import ModuleRecord, QuantizeConfig, QuantizeLog
+    from qquant.divergence import Divergence
     from qquant.mixed_precision import Choice, MixedPrecision
     from qquant.ranks import Ranks
-    from qquant.sensitivity import Divergence
     from qquant.solver import Solution
-    from qquant.sources import StreamedModel
     from qquant.unfinished import UnfinishedRun
 
 _MOST_RUNS = 4  # of a model whose divergence was higher than predicted
 _STRICTER = 1.05  # than what was measured asks for, so that the next choice does not miss by a hair
 _LOOSE = 0.75  # predictions so much too high cost more bytes than another run is worth
+_MEASURED = "measured KL"  # of a result, before it is decided whether it is published
 _PROBE_TOKENS = 32  # length of the made-up sample that proves a checkpoint made without data
 
 
@@ -73,11 +75,10 @@ def quantize_checkpoint(
         on_module: called after each linear, for progress.
         on_progress: told of what comes before the first linear, where a method takes gradients.
         adapter: folder of a peft LoRA adapter to merge into the model as its blocks are read; None: none.
-        before_sealing: called with the run when its result is a complete folder, before that is sealed by its manifest
-            and published. What it adds goes along; if it raises, nothing is published.
+        before_sealing: called with the run, on every rank, when its result is a complete folder, before that is sealed
+            by its manifest and published. What it adds goes along; if it raises, nothing is published.
         also_seen: samples by which ``config`` was chosen, for the manifest's sketch of what the model has seen.
         tensor_parallel: cards that servers will cut the model over; MLPs are padded with zeros where that needs it.
-
         max_memory: bytes that the process may take; activations that do not fit are kept on the disk. None: half of
             what is free now.
         ranks: the processes that do this together, each with the same arguments; one of them writes. None: this one.
@@ -93,10 +94,11 @@ def quantize_checkpoint(
     from qquant.calibrate import check_samples, data_record
     from qquant.checkpoint import QUANTIZED_FOLDER, plan_tensors
     from qquant.making import Making
+    from qquant.memory_room import activations_spill
     from qquant.model_folder import resolve_folder
     from qquant.padding import fit_to_ranks
     from qquant.ranks import ALONE
-    from qquant.run_identity import refuse_another_run
+    from qquant.run_identity import agreed_identity, refuse_ranks
     from qquant.side_files import collect
     from qquant.sources import StreamedModel, tell_slow_dtype
     from qquant.stage_records import log_of
@@ -114,10 +116,10 @@ def quantize_checkpoint(
     vocabulary = int(source.config.get_text_config().vocab_size)
     chosen = _samples_or_probe(samples, config, vocabulary)
     check_samples(chosen, vocabulary)
-    _refuse_ranks(together, config, len(chosen))
+    refuse_ranks(together, config, len(chosen))
     seen = samples is not None and (config.needs_data or bool(also_seen))
     plan, quantized, skipped = plan_tensors(source, config)
-    spills, shelves = _room(source, config, chosen, max_memory, together)
+    spills, shelves = activations_spill(source, config, chosen, max_memory, together)
     making = Making(
         source=source,
         beside=beside,
@@ -133,20 +135,16 @@ def quantize_checkpoint(
         on_module=on_module or (lambda record: None),
         on_progress=on_progress,
     )
-    with together.agreed():
-        identity = making.identity(with_files=together.writer, tensor_parallel=tensor_parallel)
-    theirs = together.json(identity)
-    with together.agreed():
-        refuse_another_run(identity, theirs, together.rank)
-    with going_on(target, QUANTIZED_FOLDER, identity, overwrite=overwrite, ranks=together, number=number) as run:
+    identity = agreed_identity(partial(making.identity, tensor_parallel=tensor_parallel), together)
+    with going_on(target, QUANTIZED_FOLDER, identity, overwrite=overwrite, ranks=together, part=number) as run:
         if not run.sealed:
             with together.agreed():
                 if together.writer:
                     run.refuse_full_disk(sum(spec.nbytes for spec in plan.values()) + shelves)
             making.make(run)
             run.may_stop()
+            before_sealing(run)
             if together.writer:
-                before_sealing(run)
                 making.describe(run)
         run.publish()
         return log_of(run)
@@ -176,9 +174,10 @@ def quantize_mixed(
         out: folder to make; mixed_precision.json in it tells what was chosen from.
         target_bytes: size of all weight files to stay under.
         max_kl: measured mean KL in nats per token to stay under.
-        dtype: as in ``quantize_checkpoint``; device, adapter, cards and size of shards are those of ``measure``.
+        dtype: as in ``quantize_checkpoint``; device, adapter, cards, ranks and size of shards are those of ``measure``.
         overwrite: as in ``quantize_checkpoint``.
-        on_choice: called with what is about to be quantized, and the KL measured of what was chosen before, if any.
+        on_choice: called with what is about to be quantized, and the KL measured of what was chosen before, if any; on
+            every rank.
         on_module: as in ``quantize_checkpoint``.
         on_progress: as in ``quantize_checkpoint``.
         max_memory: as in ``quantize_checkpoint``; what was measured before is not held to it.
@@ -189,6 +188,7 @@ def quantize_mixed(
     Raises:
         UsageError: a target that cannot be met; the message says what can.
     """
+    from qquant.divergence import Divergence
     from qquant.errors import UsageError
     from qquant.json_files import write_json
     from qquant.mixed_precision import FEW_CHECK_TOKENS, MARGIN, RECORD_NAME
@@ -210,21 +210,28 @@ def quantize_mixed(
     measured: Divergence | None = None
     correction = MARGIN
     for number in range(_MOST_RUNS):
-        choice = mixed.choose(target_bytes=target_bytes, max_kl=max_kl, correction=correction)
+        try:
+            choice = mixed.choose(target_bytes=target_bytes, max_kl=max_kl, correction=correction)
+        except UsageError as error:
+            raise UsageError(f"{error}{_for_another(out)}") from error
         on_choice(choice, None if measured is None else measured.kl)
 
         def check(run: UnfinishedRun, choice: Choice = choice, first: bool = number == 0) -> None:
             nonlocal measured, correction
-            with run.own_result():
-                measured = mixed.measured_kl(run.result)
-            run.may_stop()
+            found = run.finished(_MEASURED)
+            if found is None:
+                with run.own_result():
+                    found = asdict(mixed.measured_kl(run.result))
+                run.finish(_MEASURED, found)
+            measured = Divergence(**found)
             if max_kl is not None:
                 corrected = _STRICTER * measured.kl / choice.point.predicted_kl
                 loose = first and corrected < _LOOSE * correction
                 correction = corrected
                 if measured.kl > limit or (loose and choice != mixed.for_kl(limit, correction=corrected)):
                     raise AnotherTry
-            write_json(run.result / RECORD_NAME, mixed.record(choice, target, measured))
+            if run.ranks.writer:
+                write_json(run.result / RECORD_NAME, mixed.record(choice, target, measured))
 
         try:
             log = quantize_checkpoint(
@@ -243,18 +250,27 @@ def quantize_mixed(
                 also_seen=seen,
                 tensor_parallel=mixed.tensor_parallel,
                 max_memory=max_memory,
+                ranks=mixed.ranks,
                 number=number,
             )
         except AnotherTry:
             continue
         return log, measured or mixed.measured_kl(Path(out))  # sealed by an earlier process
     assert measured is not None
-    for earlier in range(_MOST_RUNS):
+    for earlier in range(_MOST_RUNS) if mixed.ranks.writer else ():
         shutil.rmtree(work_folder(Path(out), earlier), ignore_errors=True)
     raise UsageError(
         f"a KL of at most {limit:g} was missed {_MOST_RUNS} times, the last measured {measured.kl:.3g}; nothing was "
-        "published. Ask for a higher one, or for a size"
+        f"published. Ask for a higher one, or for a size{_for_another(out)}"
     )
+
+
+def _for_another(out: str | Path) -> str:
+    """What a user has who asks for another target, as the end of a message."""
+    from qquant.unfinished import MEASURING, work_folder
+
+    kept = work_folder(Path(out), MEASURING)
+    return f"; what was measured is kept in {kept} for another target" if kept.is_dir() else ""
 
 
 def quantize_model(
@@ -328,61 +344,3 @@ def _samples_or_probe(samples: Sequence[Sample] | None, config: QuantizeConfig, 
             f'method "{config.method}" needs calibration data, got none; give --data, or choose --method rtn'
         )
     return list(samples)
-
-
-def _room(
-    source: StreamedModel, config: QuantizeConfig, samples: Sequence[Sample], max_memory: int | None, ranks: Ranks
-) -> tuple[bool, int]:
-    """Whether activations have to be kept on the disk, and the bytes of disk that the work takes beside the result."""
-    import torch
-
-    from qquant.errors import BadModelError, UsageError
-    from qquant.measure import free_memory_bytes
-    from qquant.needs import IMPORTED_BYTES, quantizing_needs
-    from qquant.ranks import LANES
-    from qquant.shapes import model_shapes
-
-    lengths = [len(sample.input_ids) for sample in samples]
-    longest = max(lengths)
-    count = -(-sum(lengths) // longest)  # samples of that length would be as many tokens
-    sizes: dict[str, Any] = {
-        "seq_len": longest,
-        "device": source.device.type,
-        "element_bytes": torch.empty(0, dtype=source.dtype).element_size(),
-    }
-    try:
-        shapes = model_shapes(source.config)
-    except BadModelError as error:
-        if max_memory is not None:
-            raise UsageError(
-                f"--max-memory is for models whose memory can be predicted; leave it out: {error}"
-            ) from error
-        return False, 0
-    lanes = len(range(0, LANES, ranks.size))  # of the rank that has most
-    needs = quantizing_needs(shapes, config.recipe, samples=-(-count * lanes // LANES), **sizes)
-    disk = quantizing_needs(shapes, config.recipe, samples=count, **sizes).shelf_bytes
-    on_cpu = source.device.type == "cpu"
-    if max_memory is not None:
-        spills = needs.spills(max_memory, imported_bytes=IMPORTED_BYTES if on_cpu else 0)
-    else:
-        free = free_memory_bytes() // ranks.neighbours if on_cpu else torch.cuda.mem_get_info(source.device)[0]
-        needs.spills(free, imported_bytes=0)  # whether it fits at all
-        spills = needs.spills(max(free // 2, needs.fixed_bytes), imported_bytes=0)
-    if spills:
-        say_once(f"activations, {needs.activation_bytes / 1e9:.2f} GB, are kept on the disk to stay within memory")
-    return spills, disk
-
-
-def _refuse_ranks(ranks: Ranks, config: QuantizeConfig, samples: int) -> None:
-    """What several processes cannot share."""
-    from qquant.errors import UsageError
-
-    if ranks.size == 1:
-        return
-    if config.recipe.tune:
-        raise UsageError(
-            f'tune trains a block on all samples in one process, got method "{config.method}" and {ranks.size} ranks; '
-            "use one rank, or a method without tune"
-        )
-    if samples < ranks.size:
-        raise UsageError(f"every rank needs a sample, got {samples} samples for {ranks.size} ranks; use fewer ranks")

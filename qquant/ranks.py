@@ -128,6 +128,10 @@ class Ranks:
             text = bytes(self._broadcast(buffer, owner, "other").numpy())
         return json.loads(text)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank gives, in rank order, as its JSON reads."""
+        return [self.json(value, rank) for rank in range(self.size)]
+
     def share(self, tensor: Tensor | None, owner: int, *, kind: Kind = "other") -> Tensor:
         """A tensor of ``owner``, whatever its shape and dtype, on every rank's device of the same type.
 

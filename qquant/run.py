@@ -5,7 +5,9 @@ What a piece of work is, and what a shelf holds, is for the room that does the w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,11 @@ from torch import Tensor
 
 from qquant.ranks import ALONE, Ranks
 from qquant.shards import TensorSpec
+
+_SHARE = 0.05
+"""Of the run's time, that bringing tensors from memory to the disk may take."""
+_LEAST_SECONDS = 5.0
+"""Between two such times: what lies between is done again faster."""
 
 
 class Shelf(Protocol):
@@ -41,6 +48,8 @@ class Run:
             ranks: the processes that do the run together; each makes the same calls in the same order.
         """
         self.ranks = ranks
+        self.stop_asked = False
+        """Of this rank; whether the run stops is ``may_stop``'s to say."""
         self._pieces: dict[str, Any] = {}
         self._shelves: dict[str, Shelf] = {}
 
@@ -48,6 +57,9 @@ class Run:
     def lasting(self) -> bool:
         """Whether what is kept here is there after the end of the process."""
         return False
+
+    def refuse_full_disk(self, needed: int) -> None:
+        """Raise DoesNotFitError if all that the run will write, so many bytes, does not fit on the disk."""
 
     def finished(self, key: str) -> Any | None:
         """The JSON value kept for a piece of work that is finished, or None."""
@@ -76,6 +88,27 @@ class Run:
     def drop(self, name: str) -> None:
         """Give up a shelf and its space, if it is there."""
         self._shelves.pop(name, None)
+
+
+class Pace:
+    """When it is worth bringing to the disk what is in memory; begins now."""
+
+    def __init__(self) -> None:
+        """As if that had just been done, at no cost."""
+        self._last, self._cost = time.monotonic(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the last time is long enough ago, beside what it took."""
+        return time.monotonic() - self._last > max(_LEAST_SECONDS, self._cost / _SHARE)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """While it is done."""
+        began = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._cost = self._last - began
 
 
 class _InMemory:

@@ -6,16 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 import qquant
 from qquant import _native
+from qquant.adapter_settings import CONFIG_NAME, WEIGHTS_NAME
 from qquant.config import QuantizeConfig
 from qquant.errors import UsageError
-from qquant.identity import package_sha256
+from qquant.identity import files_sha256, package_sha256
+from qquant.ranks import Ranks
 from qquant.samples import Sample
+from qquant.shards import weight_files
+from qquant.telling import OnProgress
 
 PACKAGES = ("torch", "transformers", "safetensors")
 """Whose versions decide on bits of a result, beside our own."""
@@ -34,6 +39,18 @@ def samples_sha256(samples: Sequence[Sample]) -> str:
         for part, dtype in ((sample.input_ids, torch.int64), (sample.mask, torch.uint8)):
             digest.update(part.to("cpu", dtype).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_hashes(folder: Path, adapter: Path | None, on_progress: OnProgress) -> dict[str, dict[str, str]]:
+    """File name -> sha256 of all that a model is made of: "source" and, with an adapter, "adapter"."""
+
+    def told(done: int, total: int) -> None:
+        on_progress("comparing and noting the model's files: MB", done // 10**6, total // 10**6)
+
+    found = {"source": files_sha256([*sorted(weight_files(folder)), folder / "config.json"], told)}
+    if adapter is not None:
+        found["adapter"] = files_sha256([adapter / CONFIG_NAME, adapter / WEIGHTS_NAME])
+    return found
 
 
 def run_identity(
@@ -76,6 +93,27 @@ def run_identity(
     }
 
 
+class IdentityOf(Protocol):
+    """Makes a run's identity, with the hashes of files that all ranks read or without."""
+
+    def __call__(self, *, with_files: bool) -> dict[str, Any]:
+        """By ``run_identity``."""
+
+
+def agreed_identity(identity_of: IdentityOf, ranks: Ranks) -> dict[str, Any]:
+    """A rank's identity, compared with the first one's, which alone has read the files; every rank calls this.
+
+    Raises:
+        UsageError: on every rank, if one was told something else.
+    """
+    with ranks.agreed():
+        identity = identity_of(with_files=ranks.writer)
+    first = ranks.json(identity)
+    with ranks.agreed():
+        refuse_another_run(identity, first, ranks.rank)
+    return identity
+
+
 def refuse_another_run(mine: Mapping[str, Any], first: Mapping[str, Any], rank: int) -> None:
     """Raise UsageError if a rank was told something else than the first one was.
 
@@ -91,6 +129,19 @@ def refuse_another_run(mine: Mapping[str, Any], first: Mapping[str, Any], rank: 
             f"all ranks must do the same, but {key} is {str(mine[key])[:100]!r} of rank {rank} and "
             f"{str(first.get(key))[:100]!r} of the first; start them with one command, on machines that are alike"
         )
+
+
+def refuse_ranks(ranks: Ranks, config: QuantizeConfig, samples: int) -> None:
+    """Raise UsageError for what several processes cannot share: ``config`` with so many calibration samples."""
+    if ranks.size == 1:
+        return
+    if config.recipe.tune:
+        raise UsageError(
+            f'tune trains a block on all samples in one process, got method "{config.method}" and {ranks.size} ranks; '
+            "use one rank, or a method without tune"
+        )
+    if samples < ranks.size:
+        raise UsageError(f"every rank needs a sample, got {samples} samples for {ranks.size} ranks; use fewer ranks")
 
 
 def _device_name(device: torch.device) -> str:

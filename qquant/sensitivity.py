@@ -1,76 +1,43 @@
 """What quantizing one stage of a model costs, measured: KL to the original with everything else left as it is.
 
 A stage is the linears of a block that read one input. The model is read block by block, and with the original's
-activations go those of one model per stage already met, in which that stage alone is quantized. What to do with the
-costs is mixed_precision.py's.
+activations go those of one model per stage already met, in which that stage alone is quantized. Several processes
+divide the samples among them; one that was cut off goes on from a snapshot. What to do with the costs is
+mixed_precision.py's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qquant.accuracy import kl_divergence, log_probs
-from qquant.capture import Stream, capture, discover_stages, head
+from qquant.capture import Stream, discover_stages, head
 from qquant.config import QuantizeConfig
-from qquant.errors import NumericError, QquantError
+from qquant.divergence import captured, in_order, kl_sum
+from qquant.errors import QquantError
 from qquant.heap import return_unused_memory
 from qquant.hooks import first_output, inputs_seen
-from qquant.models.layouts import block_list
+from qquant.models.layouts import block_list, linears
 from qquant.moments import Hessian
+from qquant.ranks import Ranks
+from qquant.run import Run
 from qquant.samples import Sample
+from qquant.shards import DTYPE_NAMES, TensorSpec
+from qquant.snapshots import Snapshots
 from qquant.solver import solve
 from qquant.sources import StreamedModel
+from qquant.stage_costs import SettingsOf, StageCost, StageShape
 from qquant.telling import OnProgress, unheard
 
+_COSTS = "costs"
+_PASS = "measuring"
 _ROWS = 64
 """Rows of each linear on which settings are compared with the first one; rows are quantized independently."""
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """The linears of a block that read one input."""
-
-    names: tuple[str, ...]
-    """Full names, in model order."""
-    outputs: tuple[int, ...]
-    """Rows of each."""
-    inputs: int
-    """Columns of all."""
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What one stage costs at each of its settings."""
-
-    shape: StageShape
-    settings: tuple[QuantizeConfig, ...]
-    kl: tuple[float, ...]
-    """Mean KL in nats per token at each setting: measured at the first, the others by the energy of the error that
-    they leave in the stage's output, to which KL is proportional as long as it is small."""
-    errors: tuple[float, ...]
-    """That energy relative to the first setting's."""
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a model is from its original on some samples."""
-
-    kl: float
-    """Mean over tokens of KL(original || model), nats."""
-    stderr: float | None
-    """Standard error of that mean, from how much samples differ; None for a single sample."""
-    tokens: int
-    """That counted."""
-
-
-SettingsOf = Callable[[StageShape], Sequence[QuantizeConfig]]
-"""The settings that a stage may take, the coarsest first; none: the stage stays as it is."""
 
 
 @torch.inference_mode()
@@ -80,18 +47,22 @@ def measure_stages(
     samples: Sequence[Sample],
     settings_of: SettingsOf,
     *,
+    run: Run | None = None,
     on_progress: OnProgress = unheard,
 ) -> list[StageCost]:
     """Measure every stage of a model.
 
     Memory: a block, its Hessians, and for each stage of the model the difference from the original's activations in
-    bfloat16. Time: one pass of ``samples`` with its solving, and each probe through half the blocks once per stage.
+    bfloat16; all but the block and the Hessians are divided among the ranks. Time: one pass of ``samples`` with its
+    solving, and each probe through half the blocks once per stage.
 
     Args:
         source: the original; float32, or the rounding of what is computed hides the cost of 8 bits.
         probes: samples that KL is measured on.
         samples: samples that Hessians are made of; not read if no setting needs data.
         settings_of: what each stage may take.
+        run: where costs are kept when they are known, and what has been come to before that; its ranks share the work.
+            None: kept nowhere, one process.
         on_progress: told of each block.
 
     Returns:
@@ -99,87 +70,23 @@ def measure_stages(
 
     Raises:
         NumericError: a Hessian that no damping helps, or numbers that are not finite; the stage is named.
+        StoppedError: a stop was asked for; what was come to is kept.
     """
-    device = source.device
-    source.load_outside(with_head=False)
-    stream, data = capture(source, probes, device), capture(source, samples, device)
-    source.release_outside()
-    blocks = block_list(source.model, source.layout)
-    measured: list[_Measured] = []
-    for index in range(len(blocks)):
-        on_progress("measuring the sensitivity of blocks", index, len(blocks))
-        block = source.load(index)
-        calls = [calls[index] for calls in stream.calls]
-        after = [first_output(block(hidden, **call)) for hidden, call in zip(stream.hidden, calls, strict=True)]
-        for older in measured:
-            older.advance(block, stream.hidden, calls, after)
-        prefix = f"{source.layout.blocks}.{index}"
-        found = _stages(block, prefix, source, stream, calls)
-        settings = [tuple(settings_of(shape)) for shape in found]
-        layers = [_layers(block, prefix, shape) for shape in found]
-        hessians = _hessians(block, [part[0] for part in layers], settings, data, index)
-        for shape, chosen, part in zip(found, settings, layers, strict=True):
-            hessian = hessians.pop(0)
-            if not chosen:
-                continue
-            replaced, errors = _errors(part, hessian, chosen, shape)
-            del hessian
-            changes = _run_with(block, part, replaced, stream.hidden, calls, after)
-            measured.append(_Measured(shape, chosen, errors, changes))
-        stream.hidden = after
-        source.release(index)
-        return_unused_memory()
-    return _finish(source, stream, measured)
-
-
-@torch.inference_mode()
-def divergence(original: StreamedModel, other: StreamedModel, samples: Sequence[Sample]) -> Divergence:
-    """KL(original || other) per token that counts, both read block by block.
-
-    Neighbouring tokens are alike, so the standard error is taken over samples. Over single tokens it came out 1.9 to
-    2.5 times smaller than over samples of 256 tokens (three models).
-
-    Args:
-        original: in the same dtype as ``other``; float32 for costs below those of rounding to bfloat16.
-        other: a model of the same shape, such as a quantized folder that was reopened.
-        samples: what both are run on.
-    """
-    streams = [_through(source, samples) for source in (original, other)]
-    for source in (original, other):
-        source.load_outside(with_head=True)
-    sums, counts = [], []
-    for i in range(len(samples)):
-        theirs, ours = (
-            stream.counted(i, head(source, stream.hidden[i], source.device))
-            for source, stream in zip((original, other), streams, strict=True)
-        )
-        sums.append(_kl(ours, theirs))
-        counts.append(len(ours))
-    for source in (original, other):
-        source.release_outside()
-    return mean_of(sums, counts)
-
-
-def mean_of(sums: Sequence[float], counts: Sequence[int]) -> Divergence:
-    """The mean over all tokens of samples that differ in length, and its standard error.
-
-    The mean is a ratio of two sums over m samples, S / N. To first order its error is that of the sum of
-    ``s - (S / N) n``, which is 0 over all of them: ``sqrt(m / (m - 1) * sum((s - S / N * n)**2)) / N``. For samples of
-    one length this is the standard error of the mean of their means.
-
-    Args:
-        sums: per sample the sum of KL over its tokens, nats.
-        counts: per sample how many tokens that are.
-
-    Source: Cochran, Sampling Techniques, 3rd edition, section 6.4 (ratio estimates), without the finite population's
-    correction.
-    """
-    samples, tokens = len(counts), sum(counts)
-    kl = math.fsum(sums) / tokens
-    if samples == 1:
-        return Divergence(kl, None, tokens)
-    spread = math.fsum((total - kl * count) ** 2 for total, count in zip(sums, counts, strict=True))
-    return Divergence(kl, math.sqrt(samples / (samples - 1) * spread) / tokens, tokens)
+    run = run or Run()
+    snapshots = Snapshots(run, _PASS)
+    found = run.finished(_COSTS)
+    if found is None:
+        way = _Pass(source, probes, samples, settings_of, run.ranks)
+        way.refuse_full_disk(run)
+        found = way.to_the_end(snapshots, on_progress)
+        run.finish(_COSTS, found)
+    snapshots.end()
+    costs = []
+    for told in found:
+        shape = StageShape.of(told)
+        kl = tuple(told["kl"] * error for error in told["errors"])
+        costs.append(StageCost(shape, tuple(settings_of(shape)), kl, tuple(told["errors"])))
+    return costs
 
 
 @dataclass
@@ -187,28 +94,154 @@ class _Measured:
     """A stage whose error is on its way to the last block."""
 
     shape: StageShape
-    settings: tuple[QuantizeConfig, ...]
     errors: tuple[float, ...]
-    changes: list[Tensor]
-    """Per probe: what the stage's error changed in the activations, [1, T, hidden] bfloat16. A change needs few
-    digits: 8 bits of it lose some 1e-5 of the KL."""
+    """Of each of its settings."""
+    changes: dict[int, Tensor]
+    """Per probe of this rank: what the stage's error changed in the activations, [1, T, hidden] bfloat16. A change
+    needs few digits: 8 bits of it lose some 1e-5 of the KL."""
 
-    def advance(
-        self, block: nn.Module, before: Sequence[Tensor], calls: Sequence[dict[str, Any]], after: Sequence[Tensor]
+    def told(self) -> dict[str, Any]:
+        """All but the changes, as JSON."""
+        return {**asdict(self.shape), "errors": self.errors}
+
+
+class _Pass:
+    """One way of all samples through the blocks, see ``measure_stages``."""
+
+    def __init__(
+        self,
+        source: StreamedModel,
+        probes: Sequence[Sample],
+        samples: Sequence[Sample],
+        settings_of: SettingsOf,
+        ranks: Ranks,
     ) -> None:
-        """Take the changes through a block; the original's activations before and after it are given."""
-        for i, (hidden, plain) in enumerate(zip(before, after, strict=True)):
-            changed = first_output(block(hidden + self.changes[i], **calls[i])) - plain
-            self.changes[i] = changed.to(torch.bfloat16)
+        """In front of the first block."""
+        self._source, self._settings_of, self._ranks = source, settings_of, ranks
+        self._mine = ranks.mine(range(len(probes)))
+        source.load_outside(with_head=False)
+        self._probes = captured(source, probes, self._mine)
+        self._data = captured(source, samples, ranks.mine(range(len(samples))))
+        source.release_outside()
+        self._measured: list[_Measured] = []
+
+    def refuse_full_disk(self, run: Run) -> None:
+        """Raise DoesNotFitError, on every rank, if the snapshots will not fit: there are two while one is taken."""
+        layout = self._source.layout
+        blocks = block_list(self._source.model, layout)
+        most = sum(len(unit.stages) for unit in layout.units) if layout.units is not None else len(linears(blocks[0]))
+        with self._ranks.agreed():
+            if self._ranks.writer:
+                run.refuse_full_disk(2 * sum(spec.nbytes for spec in self._specs(most * len(blocks)).values()))
+
+    def to_the_end(self, snapshots: Snapshots, on_progress: OnProgress) -> list[dict[str, Any]]:
+        """Every stage with its KL at its first setting and the errors of all, as JSON."""
+        blocks = len(block_list(self._source.model, self._source.layout))
+        for index in range(self._restored(snapshots), blocks):
+            on_progress("measuring the sensitivity of blocks", index, blocks)
+            with self._ranks.agreed():
+                block = self._source.load(index)
+            self._block(block, index)
+            self._source.release(index)
+            return_unused_memory()
+            told = {"block": index + 1, "stages": [stage.told() for stage in self._measured]}
+            snapshots.take(told, self._tensors(), self._specs(len(self._measured)))
+        return self._finished()
+
+    def _block(self, block: nn.Module, index: int) -> None:
+        ranks, hidden = self._ranks, self._probes.hidden
+        calls = [calls[index] for calls in self._probes.calls]
+        after = {i: first_output(block(hidden[i], **calls[i])) for i in self._mine}
+        for older in self._measured:
+            for i, plain in after.items():
+                changed = first_output(block(hidden[i] + older.changes[i], **calls[i])) - plain
+                older.changes[i] = changed.to(torch.bfloat16)
+        prefix = f"{self._source.layout.blocks}.{index}"
+        found = _stages(block, prefix, self._source, ranks, lambda: block(hidden[0], **calls[0]))
+        chosen = [tuple(self._settings_of(shape)) for shape in found]
+        layers = [_layers(block, prefix, shape) for shape in found]
+        hessians = _hessians(block, [part[0] for part in layers], chosen, self._data, index, ranks)
+        places = [place for place, settings in enumerate(chosen) if settings]
+        for start in range(0, len(places), ranks.size):  # each rank solves a stage by turns
+            together = places[start : start + ranks.size]
+            solved: dict[int, tuple[Tensor, tuple[float, ...]]] = {}
+            means = {place: _mean(hessians[place], found[place], ranks) for place in together}
+            with ranks.agreed():
+                for place in together[ranks.rank : ranks.rank + 1]:
+                    solved[place] = _errors(layers[place], means[place], chosen[place], found[place])
+            del means
+            for owner, place in enumerate(together):
+                replaced, errors = solved.pop(place, (None, None))
+                replaced, errors = ranks.share(replaced, owner, kind="solutions"), ranks.json(errors, owner)
+                changes = _changes(block, layers[place], replaced, lambda i: block(hidden[i], **calls[i]), after)
+                self._measured.append(_Measured(found[place], tuple(errors), changes))
+        for i, plain in after.items():
+            hidden[i] = plain
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that changes from block to block, of this rank, by name."""
+        kept = {f"probe {i}": self._probes.hidden[i] for i in self._mine}
+        kept |= {f"sample {i}": self._data.hidden[i] for i in self._ranks.mine(range(len(self._data.lengths)))}
+        changed = ((n, i, stage.changes[i]) for n, stage in enumerate(self._measured) for i in self._mine)
+        return kept | {f"stage {n} probe {i}": change for n, i, change in changed}
+
+    def _specs(self, stages: int) -> dict[str, TensorSpec]:
+        """Of what all ranks have, behind so many stages."""
+        width, dtype = self._source.config.get_text_config().hidden_size, DTYPE_NAMES[self._source.dtype]
+        specs = {}
+        for i, length in enumerate(self._probes.lengths):
+            specs[f"probe {i}"] = TensorSpec(dtype, (1, length, width))
+            specs |= {f"stage {n} probe {i}": TensorSpec("BF16", (1, length, width)) for n in range(stages)}
+        for i, length in enumerate(self._data.lengths):
+            specs[f"sample {i}"] = TensorSpec(dtype, (1, length, width))
+        return specs
+
+    def _restored(self, snapshots: Snapshots) -> int:
+        """Go to where the newest snapshot was taken: in front of which block."""
+        told = snapshots.told()
+        if told is None:
+            return 0
+        stages = [(StageShape.of(stage), tuple(stage["errors"])) for stage in told["stages"]]
+        self._measured = [_Measured(shape, errors, {}) for shape, errors in stages]
+        samples = self._ranks.mine(range(len(self._data.lengths)))
+        names = [f"probe {i}" for i in self._mine] + [f"sample {i}" for i in samples]
+        names += [f"stage {n} probe {i}" for n in range(len(stages)) for i in self._mine]
+        tensors = snapshots.tensors(self._specs(len(stages)), names)
+        found = {name: tensor.to(self._source.device) for name, tensor in tensors.items()}
+        for i in self._mine:
+            self._probes.hidden[i] = found[f"probe {i}"]
+            for n, stage in enumerate(self._measured):
+                stage.changes[i] = found[f"stage {n} probe {i}"]
+        for i in samples:
+            self._data.hidden[i] = found[f"sample {i}"]
+        return int(told["block"])
+
+    def _finished(self) -> list[dict[str, Any]]:
+        """Put the head on every stream and compare."""
+        source, stream = self._source, self._probes
+        found = []
+        with self._ranks.agreed():
+            source.load_outside(with_head=True)
+            for i in self._mine:
+                hidden = stream.hidden[i]
+                theirs = stream.counted(i, head(source, hidden, source.device))
+                changed = (head(source, hidden + stage.changes[i], source.device) for stage in self._measured)
+                found.append([i, len(theirs), [kl_sum(stream.counted(i, ours), theirs) for ours in changed]])
+            source.release_outside()
+        _, counts, sums = zip(*in_order(self._ranks, found), strict=True)
+        means = [math.fsum(of_stage) / sum(counts) for of_stage in zip(*sums, strict=True)]
+        return [{**stage.told(), "kl": kl} for stage, kl in zip(self._measured, means, strict=True)]
 
 
 def _stages(
-    block: nn.Module, prefix: str, source: StreamedModel, stream: Stream, calls: Sequence[dict[str, Any]]
+    block: nn.Module, prefix: str, source: StreamedModel, ranks: Ranks, run_one: Callable[[], Any]
 ) -> list[StageShape]:
-    """The stages of a block, by the table or by watching one sample."""
+    """The stages of a block, by the table or by watching one sample, the first rank's."""
     units = source.layout.units
     if units is None:
-        named = discover_stages(block, prefix, lambda: block(stream.hidden[0], **calls[0]))
+        with ranks.agreed():
+            named = discover_stages(block, prefix, run_one) if ranks.writer else []
+        named = ranks.json(named)
     else:
         named = [list(stage) for unit in units for stage in unit.stages]
     shapes = []
@@ -230,6 +263,7 @@ def _hessians(
     settings: Sequence[Sequence[QuantizeConfig]],
     data: Stream,
     index: int,
+    ranks: Ranks,
 ) -> list[Hessian | None]:
     """The Hessian of each stage that needs one, from one run of all samples, which go through the block with it."""
     hessians = [
@@ -237,21 +271,32 @@ def _hessians(
         for layer, chosen in zip(layers, settings, strict=True)
     ]
     with inputs_seen(layers) as seen:
-        for i, hidden in enumerate(data.hidden):
-            data.hidden[i] = first_output(block(hidden, **data.calls[i][index]))
-            for n, hessian in enumerate(hessians):
+        for lane in ranks.steps(range(len(data.lengths))):
+            for i in lane:
+                data.hidden[i] = first_output(block(data.hidden[i], **data.calls[i][index]))
+                for n, hessian in enumerate(hessians):
+                    if hessian is not None:
+                        hessian.add(data.counted(i, seen[n]))
+            for hessian in hessians:
                 if hessian is not None:
-                    hessian.add(data.counted(i, seen[n]))
+                    hessian.end_lane(ranks)
     return hessians
 
 
+def _mean(accumulated: Hessian | None, shape: StageShape, ranks: Ranks) -> Tensor | None:
+    """The Hessian of a stage, on every rank; takes the accumulator's memory."""
+    try:
+        return None if accumulated is None else accumulated.finish(ranks)
+    except QquantError as error:
+        raise type(error)(f"{shape.names[0]}: {error}") from error
+
+
 def _errors(
-    layers: Sequence[nn.Linear], accumulated: Hessian | None, settings: Sequence[QuantizeConfig], shape: StageShape
+    layers: Sequence[nn.Linear], hessian: Tensor | None, settings: Sequence[QuantizeConfig], shape: StageShape
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The stage's weights [out of all, in] at the first setting, and each setting's error beside the first one's."""
     whole = torch.cat([layer.weight for layer in layers])
     try:
-        hessian = None if accumulated is None else accumulated.finish()
         replaced = solve(whole, hessian, settings[0]).weight().to(whole.dtype)
         # Some rows of every linear, each standing for as many as were left out.
         picked, weights = [], []
@@ -278,65 +323,20 @@ def _energy(error: Tensor, hessian: Tensor | None, weight_of: Tensor) -> float:
     return float(((along * error).sum(1) * weight_of).sum(dtype=torch.float64))
 
 
-def _run_with(
+def _changes(
     block: nn.Module,
     layers: Sequence[nn.Linear],
     replaced: Tensor,
-    hidden: Sequence[Tensor],
-    calls: Sequence[dict[str, Any]],
-    after: Sequence[Tensor],
-) -> list[Tensor]:
+    run_one: Callable[[int], Any],
+    after: Mapping[int, Tensor],
+) -> dict[int, Tensor]:
     """What the replaced weights change in the block's output, per probe; the originals are put back."""
     originals = [layer.weight for layer in layers]
     parts = replaced.split([layer.out_features for layer in layers])
     for layer, part in zip(layers, parts, strict=True):
         layer.weight = nn.Parameter(part, requires_grad=False)
     try:
-        return [
-            (first_output(block(before, **call)) - plain).to(torch.bfloat16)
-            for before, call, plain in zip(hidden, calls, after, strict=True)
-        ]
+        return {i: (first_output(run_one(i)) - plain).to(torch.bfloat16) for i, plain in after.items()}
     finally:
         for layer, original in zip(layers, originals, strict=True):
             layer.weight = original
-
-
-def _finish(source: StreamedModel, stream: Stream, measured: Sequence[_Measured]) -> list[StageCost]:
-    """Put the head on every stream and compare."""
-    totals, count = [0.0] * len(measured), 0
-    source.load_outside(with_head=True)
-    for i, hidden in enumerate(stream.hidden):
-        theirs = stream.counted(i, head(source, hidden, source.device))
-        count += len(theirs)
-        for n, stage in enumerate(measured):
-            ours = stream.counted(i, head(source, hidden + stage.changes[i], source.device))
-            totals[n] += _kl(ours, theirs)
-    source.release_outside()
-    return [
-        StageCost(stage.shape, stage.settings, tuple(total / count * error for error in stage.errors), stage.errors)
-        for stage, total in zip(measured, totals, strict=True)
-    ]
-
-
-def _kl(ours: Tensor, theirs: Tensor) -> float:
-    """The sum of KL(theirs || ours) over tokens, [T, vocab] logits each."""
-    total = 0.0
-    for _, log_q, log_p in log_probs(ours, theirs):
-        assert log_p is not None
-        total += float(kl_divergence(log_p, log_q).sum())
-    if not total < float("inf"):
-        raise NumericError("logits must be finite, got NaN or Inf while the sensitivity of the model was measured")
-    return total
-
-
-def _through(source: StreamedModel, samples: Sequence[Sample]) -> Stream:
-    """The samples behind the last block."""
-    source.load_outside(with_head=False)
-    stream = capture(source, samples, source.device)
-    source.release_outside()
-    for index in range(len(block_list(source.model, source.layout))):
-        block = source.load(index)
-        for i, hidden in enumerate(stream.hidden):
-            stream.hidden[i] = first_output(block(hidden, **stream.calls[i][index]))
-        source.release(index)
-    return stream

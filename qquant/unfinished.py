@@ -41,6 +41,8 @@ _JOURNAL = "journal.jsonl"
 _RESULT = "result"
 _SEALED = "sealed"
 _MOST_TRIES = 16
+MEASURING = "measured"
+"""The part of a run in which is measured what it will do."""
 _WRITTEN = "written for "
 """In front of a piece's key: the checksums of the result's tensors that it stands for."""
 _SHELF = "shelf: "
@@ -68,7 +70,6 @@ class UnfinishedRun(Run):
         self.result = self.folder / _RESULT
         self.writer: ShardWriter | None = None
         """Of the result's tensors; what it wrote is on the disk before a piece counts as finished."""
-        self.stop_asked = False
         self._out, self._kind, self._overwrite, self._journal = out, kind, overwrite, journal
         mine = dict(journal.items()) if journal is not None else None
         self._pieces = ranks.json(mine)
@@ -180,7 +181,7 @@ class UnfinishedRun(Run):
             if not _carries(self._out, self.finished(_SEALED)):
                 refuse_existing(self._out, self._kind, overwrite=self._overwrite)
                 put_in_place(self.result, self._out, aside=self.folder / "replaced")
-            self._take_other_tries()
+            self.take_other_parts()
             self.remove()
         self.ranks.barrier()
 
@@ -191,9 +192,9 @@ class UnfinishedRun(Run):
                 if not (file := self.result / name).is_file() or sha256(file) != digest:
                     raise damaged(f"{file} is missing or damaged", _anew(self.folder))
 
-    def _take_other_tries(self) -> None:
-        """Move what other tries for the same output left into this run's folder, to be removed with it."""
-        for folder in _tries(self._out):
+    def take_other_parts(self) -> None:
+        """Move what other parts of the work for the same output left into this run's folder, to be removed with it."""
+        for folder in _parts(self._out):
             if folder != self.folder and (folder / _JOURNAL).is_file():
                 with suppress(UsageError), alone(folder / _JOURNAL):  # one that is at work looks after itself
                     shutil.rmtree(self.folder / folder.name, ignore_errors=True)
@@ -212,15 +213,15 @@ class UnfinishedRun(Run):
                 self.folder.rmdir()
 
 
-def work_folder(out: Path, number: int = 0) -> Path:
-    """Where a run keeps its work whose result will be ``out``; ``number`` of this try, where there are several."""
-    return unfinished_beside(out, f"-{number}" if number else "")
+def work_folder(out: Path, part: int | str = 0) -> Path:
+    """Where a run keeps its work whose result will be ``out``, or one of several parts of that work."""
+    return unfinished_beside(out, f"-{part}" if part else "")
 
 
 def refuse_output(out: Path, kind: Kind, *, overwrite: bool) -> None:
     """As ``refuse_existing``, but for an output that is complete and whose run only had no time to tidy up."""
-    if not any(_carries(out, _sealed(folder)) for folder in _tries(out)):
-        for folder in _tries(out) if out.exists() else ():
+    if not any(_carries(out, _sealed(folder)) for folder in _parts(out)):
+        for folder in _parts(out) if out.exists() else ():
             with suppress(OSError):  # not there, or not empty: all that a run may leave that was killed as it tidied up
                 folder.rmdir()
         refuse_existing(out, kind, overwrite=overwrite)
@@ -230,13 +231,13 @@ def _anew(folder: Path) -> str:
     return f"delete {folder}"
 
 
-def _tries(out: Path) -> Iterator[Path]:
-    return (work_folder(out, number) for number in range(_MOST_TRIES))
+def _parts(out: Path) -> Iterator[Path]:
+    return (work_folder(out, part) for part in (*range(_MOST_TRIES), MEASURING))
 
 
 @contextmanager
 def going_on(
-    out: Path, kind: Kind, identity: Mapping[str, Any], *, overwrite: bool, ranks: Ranks = ALONE, number: int = 0
+    out: Path, kind: Kind, identity: Mapping[str, Any], *, overwrite: bool, ranks: Ranks = ALONE, part: int | str = 0
 ) -> Iterator[UnfinishedRun]:
     """The run whose result will be ``out``: a new one, or the one that was cut off.
 
@@ -250,14 +251,15 @@ def going_on(
         identity: JSON values on which the result depends; the writer's counts.
         overwrite: replace an existing folder of this kind.
         ranks: the processes that do the run together.
-        number: of this try, where several are made for one ``out``.
+        part: of the work for ``out``, where there are several: the number of a try, or ``MEASURING``. What is left of
+            all of them goes when one is published.
 
     Raises:
         UsageError: ``out`` may not be made, another run is at work on it, what was cut off was another run, or its
             result was put in place and taken away.
         StoppedError: a stop was asked for.
     """
-    out, folder = out.absolute(), work_folder(out.absolute(), number)
+    out, folder = out.absolute(), work_folder(out.absolute(), part)
     if not ranks.writer:
         with ranks.agreed():
             pass  # the writer looks whether there can be a run
@@ -274,10 +276,12 @@ def going_on(
             with _listening(run):
                 yield run
         except BaseException as error:
-            hopeless = isinstance(error, DamagedWorkError)
-            if not len(journal) or (isinstance(error, _OF_THE_INPUT) and not isinstance(error, _OF_THE_WORK)):
+            hopeless = isinstance(error, _OF_THE_INPUT) and not isinstance(error, _OF_THE_WORK)
+            if hopeless:
+                run.take_other_parts()
+            if hopeless or not len(journal):
                 run.remove()
-            elif not hopeless and not isinstance(error, (StoppedError, AnotherTry)):
+            elif not isinstance(error, (DamagedWorkError, StoppedError, AnotherTry)):
                 _log.warning("what is finished is kept in %s; %s goes on from there", folder, _AGAIN)
             raise
 

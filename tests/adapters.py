@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qquant.adapter import WEIGHTS_NAME
-from qquant.adapter_settings import CONFIG_NAME
+from qquant.adapter_settings import CONFIG_NAME, WEIGHTS_NAME
 from qquant.cli import app
 from qquant.sources import StreamedModel
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qquant
-from qquant.adapter import WEIGHTS_NAME, Adapter
-from qquant.adapter_settings import CONFIG_NAME
+from qquant.adapter import Adapter
+from qquant.adapter_settings import CONFIG_NAME, WEIGHTS_NAME
 from qquant.calibrate import samples_from_ids
 from qquant.config import QuantizeConfig
 from qquant.identity import sha256

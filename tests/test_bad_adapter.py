@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qquant.adapter import WEIGHTS_NAME, Adapter
-from qquant.adapter_settings import CONFIG_NAME
+from qquant.adapter import Adapter
+from qquant.adapter_settings import CONFIG_NAME, WEIGHTS_NAME
 from qquant.config import QuantizeConfig
 from qquant.errors import BadModelError
 from qquant.quantizing import quantize_checkpoint

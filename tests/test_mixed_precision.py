@@ -14,16 +14,18 @@ from typer.testing import CliRunner
 
 import qquant
 import qquant.mixed_precision
+import qquant.sensitivity
 from qquant.checkpoint import QUANTIZED_FOLDER, reopen
 from qquant.cli import app
 from qquant.config import QuantizeConfig
+from qquant.divergence import Divergence, divergence
 from qquant.errors import BadDataError, UsageError
 from qquant.mixed_precision import RECORD_NAME, Choice, MixedPrecision, choose, measure
 from qquant.mixed_settings import rules_for, settings_of
 from qquant.quantizing import quantize_checkpoint, quantize_mixed
 from qquant.samples import Sample, samples_from_ids
-from qquant.sensitivity import Divergence, StageShape, divergence
 from qquant.sources import StreamedModel
+from qquant.stage_costs import StageShape
 from tests.adapters import saved, trained
 from tests.conftest import CORPUS, VOCAB, Factory
 from tests.processor import BFLOAT16
@@ -419,7 +421,37 @@ def test_the_command_refuses_with_the_rule(
     got, _, stderr = run(*common, "--out", tmp_path / "q", *options)
     assert got == code
     assert words in stderr
-    assert list(tmp_path.iterdir()) == []
+    # What was measured before a target turns out to be one that cannot be met is of use to another target.
+    assert [path.name for path in tmp_path.iterdir()] == ["q.unfinished-measured"] * ("must lie between" in words)
+
+
+def test_another_target_goes_on_with_what_was_measured(
+    tiny_qwen2: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: MixedPrecision
+) -> None:
+    common = ["--model", tiny_qwen2, "--data", text, "--seq-len", 64, "--n-samples", 16, "--group-size", 64]
+    common += ["--sensitivity-tokens", 256, "--out"]
+    target = f"{between(mixed, 0.5) / 2**20:.4f}MiB"
+    code, _, stderr = run(*common, tmp_path / "whole", "--target-size", target)
+    assert code == 0, stderr
+    code, _, stderr = run(*common, tmp_path / "q", "--target-size", "1000KiB")
+    assert code == 2
+    assert f"what was measured is kept in {tmp_path / 'q'}.unfinished-measured for another target" in stderr
+    monkeypatch.setattr(qquant.sensitivity, "_Pass", None)  # nothing is measured from here on
+    code, _, stderr = run(*common, tmp_path / "q", "--target-size", target)
+    assert code == 0, stderr
+    assert f"going on with the run in {tmp_path / 'q'}.unfinished-measured" in stderr
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert (tmp_path / "q" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "whole"]
+
+
+def test_what_was_measured_of_something_else_is_refused(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    common = ["--model", tiny_qwen2, "--data", text, "--seq-len", 64, "--n-samples", 8, "--group-size", 64]
+    common += ["--target-size", "1000KiB", "--out", tmp_path / "q"]
+    assert run(*common)[0] == 2
+    code, _, stderr = run(*common, "--sensitivity-tokens", 512)
+    assert code == 2
+    assert "sensitivity_tokens was 2048 and is 512" in stderr
 
 
 def test_a_target_needs_data_whatever_the_method(tiny_qwen2: Path, tmp_path: Path) -> None:

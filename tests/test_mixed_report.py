@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from qquant.cli import app
 from qquant.config import QuantizeConfig
+from qquant.divergence import Divergence, mean_of
 from qquant.mixed_precision import BEST_LEAVES, FEW_CHECK_TOKENS, RECORD_NAME, MixedPrecision, measure
 from qquant.mixed_settings import READERS
 from qquant.overlap import overlap_of
 from qquant.quantizing import quantize_mixed
 from qquant.samples import Sample, samples_from_ids
-from qquant.sensitivity import Divergence, mean_of
 from tests.conftest import CORPUS, VOCAB
 
 CONFIG = QuantizeConfig(method="gptq", bits=4, group_size=64)

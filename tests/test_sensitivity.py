@@ -15,13 +15,15 @@ import qquant.sensitivity
 from qquant.accuracy import kl_divergence
 from qquant.checkpoint import reopen
 from qquant.config import QuantizeConfig
+from qquant.divergence import divergence
 from qquant.errors import NumericError
 from qquant.models.layouts import Layout
 from qquant.moments import Hessian
 from qquant.samples import Sample, samples_from_ids
-from qquant.sensitivity import StageCost, StageShape, divergence, measure_stages
+from qquant.sensitivity import measure_stages
 from qquant.solver import solve
 from qquant.sources import StreamedModel
+from qquant.stage_costs import StageCost, StageShape
 from tests.conftest import VOCAB, Factory
 
 FAMILIES = ["qwen2", "qwen3", "llama"]

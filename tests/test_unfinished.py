@@ -429,7 +429,7 @@ def test_shards_are_on_the_disk_before_a_piece_is_finished(tmp_path: Path, monke
 
 
 def sealed_run(out: Path, *, number: int = 0) -> None:
-    with going_on(out, QUANTIZED_FOLDER, {"try": number}, overwrite=False, number=number) as run:
+    with going_on(out, QUANTIZED_FOLDER, {"try": number}, overwrite=False, part=number) as run:
         if not run.sealed:
             (run.result / "config.json").write_text('{"quantization_config": {}}')
             (run.result / "manifest.json").write_text(json.dumps({"files": {}}))

@@ -65,7 +65,9 @@ def compare(reader: CheckpointReader, model: Any, settings: GptqFileConfig | Non
             stored.packed.append(_linear(base, modules[base], settings))
     covered = {f"{base}.weight" for base in bases}
     for name in wanted.keys() - reader.entries.keys() - tied.keys() - covered:
-        stored.findings.append(problem("tensors", name, f"the model needs it and it is not stored; {_AGAIN}"))
+        base = name.removesuffix(".weight")
+        part = f"{base}.qweight" if f"{base}.qzeros" in reader.entries else name
+        stored.findings.append(problem("tensors", part, f"the model needs it and it is not stored; {_AGAIN}"))
     for name in stored.plain:
         stored.findings += _plain(reader, name, wanted, covered, modules)
     stored.odd_biases = {f"{base}.bias" for base in bases} & (reader.entries.keys() - wanted.keys())

@@ -37,11 +37,13 @@ class Job:
     calls: tuple[Call, ...]
     seconds: float
     spilled: bool = False
-    """Whether its activations are kept on the disk."""
+    """Whether its activations are kept on the disk, and all else as often as can be."""
+    more: tuple[str, ...] = ()
+    """Further options."""
 
     def order(self, room: Path, faults: Sequence[Fault] = (), *more: str, **options: Any) -> Order:
         """A run of it into ``room / "out"``."""
-        given = arguments(self.source, self.text, self.method, room, more)
+        given = arguments(self.source, self.text, self.method, room, (*self.more, *more))
         return Order(given, room, tuple(faults), spilled=self.spilled, **options)
 
 
@@ -51,12 +53,15 @@ def arguments(source: Path, text: Path, method: str, room: Path, more: Sequence[
     return (*places, "--method", method, *OPTIONS, *more)
 
 
+MIXED = ("--target-size", "118KiB", "--sensitivity-tokens", "256", "--n-samples", "6")
 JOBS = {
     "qwen2-best": ("qwen2", "best"),
     "llama-gptq": ("llama", "gptq"),
     "qwen2-tuned-spilled": ("qwen2", "best+tune:2", True),
+    "qwen2-mixed-spilled": ("qwen2", "best", True, MIXED),
 }
-"""What ``job`` is given, where a run is broken in its own bookkeeping: the last one keeps activations on the disk."""
+"""What ``job`` is given, where a run is broken in its own bookkeeping: the last two keep activations on the disk, and
+the last one measures first which linears get 8 bits."""
 Jobs = Callable[..., Job]
 
 
@@ -68,24 +73,24 @@ def launcher() -> Launcher:
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Callable[..., Job]:
-    """``job(family, method, spilled)``: made and run once."""
-    made: dict[tuple[str, str, bool], Job] = {}
+    """``job(family, method, spilled, more)``: made and run once."""
+    made: dict[tuple[str, str, bool, tuple[str, ...]], Job] = {}
     home = tmp_path_factory.mktemp("jobs")
     text = home / "calibration.txt"
     line = "The quick brown fox jumps over the lazy dog, and def add(left, right) returns {} while 你好世界.\n"
     text.write_text("".join(line.format(number) for number in range(12)), encoding="utf-8")
 
-    def get(family: str = "qwen2", method: str = "best", spilled: bool = False) -> Job:
-        if (key := (family, method, spilled)) not in made:
+    def get(family: str = "qwen2", method: str = "best", spilled: bool = False, more: tuple[str, ...] = ()) -> Job:
+        if (key := (family, method, spilled, more)) not in made:
             source = home / family
             if not source.exists():
                 make_checkpoint(source, family, **FAMILIES[family])
-            room = home / f"{family}-{method}{'-spilled' * spilled}"
+            room = home / f"{family}-{method}{'-spilled' * spilled}{'-mixed' * bool(more)}"
             room.mkdir()
-            ended = launcher.run(Order(arguments(source, text, method, room), room, spilled=spilled))
+            ended = launcher.run(Order(arguments(source, text, method, room, more), room, spilled=spilled))
             assert ended.code == EXIT_OK, ended.said
             assert [path.name for path in room.iterdir()] == ["out"]
-            made[key] = Job(source, text, method, tree(room / "out"), ended.calls, ended.seconds, spilled)
+            made[key] = Job(source, text, method, tree(room / "out"), ended.calls, ended.seconds, spilled, more)
         return made[key]
 
     return get

@@ -42,7 +42,7 @@ class Order:
     """Working directory."""
     threads: int = 1
     spilled: bool = False
-    """As if no activations fitted into memory."""
+    """As if no activations fitted into memory, and saving took no time."""
     file_bytes: int | None = None
     """RLIMIT_FSIZE."""
     more_memory: int | None = None
@@ -160,12 +160,14 @@ def _work(order: Order, log: Path) -> None:
 
     from qquant.gptq import quantize_command
     from qquant.needs import Needs
+    from qquant.run import Pace
     from tests.reliability.allocations import Refusing
     from tests.reliability.faulty import install
 
     torch.set_num_threads(order.threads)
     if order.spilled:
-        setattr(Needs, "spills", lambda *_, **__: True)  # noqa: B010  mypy forbids the assignment
+        setattr(Needs, "spills", lambda *_, **__: True)  # noqa: B010  mypy forbids the assignments
+        setattr(Pace, "due", True)  # noqa: B010
     # A list of the calls would meet the limit on the size of files before the output does.
     install(order.room, order.faults, None if order.file_bytes is not None else Path(f"{log}.calls"))
     if order.file_bytes is not None:
@@ -186,6 +188,11 @@ def _work(order: Order, log: Path) -> None:
             Path(f"{log}.allocations").write_text(str(refusing.count))
 
 
+def journals(room: Path) -> list[Path]:
+    """Of the parts of a run that are unfinished in a room."""
+    return sorted(room.glob("out.unfinished*/journal.jsonl"))
+
+
 def tree(folder: Path) -> dict[str, str]:
     """Every file and folder below a folder with the sha256 of its content; links are named as such."""
     return {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*"))}
@@ -203,7 +210,8 @@ def assert_no_partial(out: Path, whole: Mapping[str, str]) -> bool:
     Returns:
         Whether it is there.
     """
-    strangers = {path.name for path in out.parent.iterdir()} - {out.name, f"{out.name}.unfinished"}
+    known = {out.name, f"{out.name}.unfinished", f"{out.name}.unfinished-measured"}
+    strangers = {path.name for path in out.parent.iterdir()} - known
     assert not strangers, f"left beside the target: {sorted(strangers)}"
     if not out.exists():
         return False

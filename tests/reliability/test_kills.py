@@ -25,6 +25,7 @@ from tests.reliability.runs import (
     assert_no_partial,
     assert_one_line,
     finished,
+    journals,
     points,
     tree,
 )
@@ -167,8 +168,7 @@ def stop_at(kind: str, number: int, launcher: Launcher, whole: Job, room: Path) 
         assert assert_no_partial(room / "out", whole.whole)
         return "complete when stopped"
     assert not assert_no_partial(room / "out", whole.whole)
-    journal = room / "out.unfinished" / "journal.jsonl"
-    begun = journal.exists() and journal.read_bytes().count(b"\n") > 1  # its head is no finished piece
+    begun = any(journal.read_bytes().count(b"\n") > 1 for journal in journals(room))  # its head is no finished piece
     ends = (EXIT_STOPPED,) if begun else (EXIT_STOPPED, 130, -SIGNALS[kind])
     assert ended.code in ends, f"{ended.code}: {ended.said}"
     finished(launcher, whole.order(room), room / "out", whole.whole)

@@ -20,13 +20,17 @@ from qquant.config import QuantizeConfig
 from qquant.model_folder import read_config
 from qquant.needs import IMPORTED_BYTES, quantizing_needs
 from qquant.shapes import model_shapes
-from tests.reliability.conftest import Job
+from tests.reliability.conftest import MIXED, Job
 from tests.reliability.runs import EXIT_OK, EXIT_STOPPED, Launcher, assert_no_partial, finished, tree
 
 pytestmark = pytest.mark.reliability
 
 ROW = "several processes"
-JOBS = {"qwen2-best": ("qwen2", "best"), "llama-gptq": ("llama", "gptq")}
+JOBS = {
+    "qwen2-best": ("qwen2", "best"),
+    "llama-gptq": ("llama", "gptq"),
+    "qwen2-mixed": ("qwen2", "best", False, MIXED),
+}
 REACHED = b'"done: model.layers.1'
 """In the journal when a process is killed: of the second of three blocks something is finished."""
 ENDS_WITHIN_S = 60
