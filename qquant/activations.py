@@ -149,8 +149,9 @@ class Streams:
         """Take the samples that were committed last, if there are any."""
         piece = self._run.finished(_KEY)
         if piece is not None:
-            for stream in self._all():
-                stream.restore(piece["slot"], self._mine, piece["block"])
+            with self._run.ranks.agreed():
+                for stream in self._all():
+                    stream.restore(piece["slot"], self._mine, piece["block"])
             self.restored, self.block = True, int(piece["block"])
 
     def commit(self, block: int, *, always: bool = False) -> None:

@@ -62,7 +62,7 @@ def divergence(
             found.append([i, kl_sum(ours, theirs), len(ours)])
         for source in (original, other):
             source.release_outside()
-    _, sums, counts = zip(*in_order(ranks, found), strict=True)
+    _, sums, counts = zip(*gathered_in_order(ranks, found), strict=True)
     return mean_of(sums, counts)
 
 
@@ -88,22 +88,23 @@ def mean_of(sums: Sequence[float], counts: Sequence[int]) -> Divergence:
     return Divergence(kl, math.sqrt(samples / (samples - 1) * spread) / tokens, tokens)
 
 
-def in_order(ranks: Ranks, found: list[list[Any]]) -> list[list[Any]]:
-    """What all ranks found of their samples, [number of the sample, ...] each, by number."""
+def gathered_in_order(ranks: Ranks, found: list[list[Any]]) -> list[list[Any]]:
+    """What all ranks found of their samples, [number of the sample, ...] each, by number; every rank calls this."""
     return sorted((one for part in ranks.gathered(found) for one in part), key=lambda one: one[0])
 
 
-def captured(source: StreamedModel, samples: Sequence[Sample], mine: Sequence[int]) -> Stream:
-    """Some samples in front of the first block."""
-    held, wanted = Activations(len(samples), source.device, None, spilled=False), set(mine)
+def capture_some(source: StreamedModel, samples: Sequence[Sample], mine: Sequence[int]) -> tuple[Stream, int]:
+    """Some samples in front of the first block, and the width of the hidden states of all; 0 without samples."""
+    held, wanted, widths = Activations(len(samples), source.device, None, spilled=False), set(mine), set()
 
     def keep(number: int, hidden: Tensor) -> None:
+        widths.add(hidden.shape[2])
         if number in wanted:
             held[number] = hidden
 
     stream = capture(source, samples, source.device, keep=keep)
     stream.hidden = held
-    return stream
+    return stream, max(widths, default=0)
 
 
 def kl_sum(ours: Tensor, theirs: Tensor) -> float:
@@ -113,14 +114,14 @@ def kl_sum(ours: Tensor, theirs: Tensor) -> float:
         assert log_p is not None
         total += float(kl_divergence(log_p, log_q).sum())
     if not total < float("inf"):
-        raise NumericError("logits must be finite, got NaN or Inf while the sensitivity of the model was measured")
+        raise NumericError("logits must be finite, got NaN or Inf where two models were compared")
     return total
 
 
 def _through(source: StreamedModel, samples: Sequence[Sample], mine: Sequence[int]) -> Stream:
     """Some samples behind the last block."""
     source.load_outside(with_head=False)
-    stream = captured(source, samples, mine)
+    stream, _ = capture_some(source, samples, mine)
     source.release_outside()
     for index in range(len(block_list(source.model, source.layout))):
         block = source.load(index)

@@ -191,8 +191,8 @@ def quantize_command(
             run: dict[str, Any] = {"dtype": pick_dtype(dtype), "overwrite": overwrite, "max_memory": memory}
             run |= listeners._asdict()
             if target:
-                show = partial(_show_choice, mixed) if ranks.writer else _show_nothing
-                log, measured = quantize_mixed(mixed, out, **target, on_choice=show, **run)
+                run |= {"on_choice": partial(_show_choice, mixed)} if ranks.writer else {}
+                log, measured = quantize_mixed(mixed, out, **target, **run)
             else:
                 log = quantize_checkpoint(folder, samples, config, out, ranks=ranks, **where, **run)
         if not ranks.writer:
@@ -256,10 +256,6 @@ def _show_choice(mixed: MixedPrecision, choice: Choice, before: float | None = N
         mix = ", ".join(f"{count} {label}" for label, count in point.stages.items())
         line = mixed.line_kl(point.size_bytes)
         typer.echo(f"{mark:2} {point.size_bytes:14,d}  {point.predicted_kl:12.2e}  {line:11.2e}  {mix}", err=True)
-
-
-def _show_nothing(choice: Choice, before: float | None = None) -> None:
-    """On ranks that say nothing."""
 
 
 def _say_measured(found: Divergence) -> None:

@@ -192,7 +192,7 @@ def swap_linears(model: Any, reader: CheckpointReader, config: GptqFileConfig) -
         raise BadModelError(f"config.json of {reader.folder} says gptq, but no tensor *.qweight is stored")
     modules = dict(model.named_modules())
     for base in (name.removesuffix(".qzeros") for name in reader.entries if name.endswith(".qzeros")):
-        if base in modules and base not in names:
+        if base in modules and f"{base}.qweight" not in reader.entries:
             raise BadModelError(f"tensor {base}.qweight is missing from {reader.folder}; {_AGAIN}")
     layers: dict[str, QuantLinear] = {}
     filled: dict[str, Tensor] = {}

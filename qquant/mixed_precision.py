@@ -29,7 +29,7 @@ from qquant.ranks import ALONE, Ranks
 from qquant.run import Run
 from qquant.run_identity import agreed_identity, model_hashes, refuse_ranks, run_identity
 from qquant.samples import Sample
-from qquant.sensitivity import measure_stages
+from qquant.sensitivity import known_stages, measure_stages
 from qquant.shard_writer import written_bytes
 from qquant.sources import StreamedModel
 from qquant.stage_costs import StageCost
@@ -327,6 +327,9 @@ def measure(
     source = StreamedModel(resolve_folder(str(model)), dtype=torch.float32, device=device, adapter=tuned)
     fit_to_ranks(source, config, tensor_parallel)
 
+    if not any(settings_of(shape, config) for shape in known_stages(source)):
+        raise UsageError("the rules leave every linear layer alone, so there is nothing to choose; remove some")
+
     def identity(*, with_files: bool) -> dict[str, Any]:
         hashes = model_hashes(source.folder, tuned, on_progress) if with_files else {}
         return run_identity(
@@ -341,15 +344,13 @@ def measure(
 
     with ExitStack() as until_measured:
         run = Run(ranks)
+        agreed = agreed_identity(identity, ranks) if out is not None or ranks.size > 1 else {}
         if out is not None:
-            told, kind = agreed_identity(identity, ranks), QUANTIZED_FOLDER
-            kept = going_on(Path(out), kind, told, overwrite=overwrite, ranks=ranks, part=MEASURING)
-            run = until_measured.enter_context(kept)
+            lasting = going_on(Path(out), QUANTIZED_FOLDER, agreed, overwrite=overwrite, ranks=ranks, part=MEASURING)
+            run = until_measured.enter_context(lasting)
         costs = measure_stages(
             source, probes, data, lambda shape: settings_of(shape, config), run=run, on_progress=on_progress
         )
-        if not costs:
-            raise UsageError("the rules leave every linear layer alone, so there is nothing to choose; remove some")
     return MixedPrecision(source, config, costs, calibration, check, max_shard_bytes, tuned, tensor_parallel, ranks)
 
 

@@ -49,6 +49,11 @@ class _Sum:
             self._lane = None if self._total is lane else lane.zero_()
         self.tokens = self._ended = self._ended + sum(counts)
 
+    def free_lane(self) -> None:
+        """Give up the memory of the lane at hand if nothing was added to it."""
+        if self.tokens == self._ended:
+            self._lane = None
+
     def finish(self, ranks: Ranks) -> Tensor:
         """The whole sum on every rank; takes its memory."""
         self.end_lane(ranks)
@@ -104,6 +109,10 @@ class Hessian:
     def end_lane(self, ranks: Ranks = ALONE) -> None:
         """What comes next is of another lane; every rank ends as many. Who never calls it has one lane."""
         self._sum.end_lane(ranks)
+
+    def free_lane(self) -> None:
+        """No lane comes next: half of the memory is given back before ``finish``."""
+        self._sum.free_lane()
 
     def finish(self, ranks: Ranks = ALONE) -> Tensor:
         """The mean over tokens, symmetric, on every rank. Takes the accumulator's memory; call it once.

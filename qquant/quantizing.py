@@ -207,31 +207,32 @@ def quantize_mixed(
             "is kept for this",
             key="few check tokens",
         )
-    measured: Divergence | None = None
+    measured: dict[int, Divergence] = {}
+    """By try."""
     correction = MARGIN
     for number in range(_MOST_RUNS):
         try:
             choice = mixed.choose(target_bytes=target_bytes, max_kl=max_kl, correction=correction)
         except UsageError as error:
             raise UsageError(f"{error}{_for_another(out)}") from error
-        on_choice(choice, None if measured is None else measured.kl)
+        on_choice(choice, measured[number - 1].kl if measured else None)
 
-        def check(run: UnfinishedRun, choice: Choice = choice, first: bool = number == 0) -> None:
-            nonlocal measured, correction
+        def check(run: UnfinishedRun, choice: Choice = choice, number: int = number) -> None:
+            nonlocal correction
             found = run.finished(_MEASURED)
             if found is None:
                 with run.own_result():
                     found = asdict(mixed.measured_kl(run.result))
                 run.finish(_MEASURED, found)
-            measured = Divergence(**found)
+            measured[number] = Divergence(**found)
             if max_kl is not None:
-                corrected = _STRICTER * measured.kl / choice.point.predicted_kl
-                loose = first and corrected < _LOOSE * correction
+                corrected = _STRICTER * measured[number].kl / choice.point.predicted_kl
+                loose = number == 0 and corrected < _LOOSE * correction
                 correction = corrected
-                if measured.kl > limit or (loose and choice != mixed.for_kl(limit, correction=corrected)):
+                if measured[number].kl > limit or (loose and choice != mixed.for_kl(limit, correction=corrected)):
                     raise AnotherTry
             if run.ranks.writer:
-                write_json(run.result / RECORD_NAME, mixed.record(choice, target, measured))
+                write_json(run.result / RECORD_NAME, mixed.record(choice, target, measured[number]))
 
         try:
             log = quantize_checkpoint(
@@ -255,13 +256,12 @@ def quantize_mixed(
             )
         except AnotherTry:
             continue
-        return log, measured or mixed.measured_kl(Path(out))  # sealed by an earlier process
-    assert measured is not None
+        return log, measured.get(number) or mixed.measured_kl(Path(out))  # sealed by an earlier process
     for earlier in range(_MOST_RUNS) if mixed.ranks.writer else ():
         shutil.rmtree(work_folder(Path(out), earlier), ignore_errors=True)
     raise UsageError(
-        f"a KL of at most {limit:g} was missed {_MOST_RUNS} times, the last measured {measured.kl:.3g}; nothing was "
-        f"published. Ask for a higher one, or for a size{_for_another(out)}"
+        f"a KL of at most {limit:g} was missed {_MOST_RUNS} times, the last measured {measured[number].kl:.3g}; "
+        f"nothing was published. Ask for a higher one, or for a size{_for_another(out)}"
     )
 
 

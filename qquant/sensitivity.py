@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qquant.capture import Stream, discover_stages, head
 from qquant.config import QuantizeConfig
-from qquant.divergence import captured, in_order, kl_sum
+from qquant.divergence import capture_some, gathered_in_order, kl_sum
 from qquant.errors import QquantError
 from qquant.heap import return_unused_memory
 from qquant.hooks import first_output, inputs_seen
@@ -76,17 +76,29 @@ def measure_stages(
     snapshots = Snapshots(run, _PASS)
     found = run.finished(_COSTS)
     if found is None:
-        way = _Pass(source, probes, samples, settings_of, run.ranks)
-        way.refuse_full_disk(run)
-        found = way.to_the_end(snapshots, on_progress)
-        run.finish(_COSTS, found)
+        passing = _Pass(source, probes, samples, settings_of, run.ranks)
+        passing.refuse_full_disk(run)
+        found = passing.to_the_end(snapshots, on_progress)
+        run.keep(_COSTS, found)
     snapshots.end()
     costs = []
-    for told in found:
-        shape = StageShape.of(told)
-        kl = tuple(told["kl"] * error for error in told["errors"])
-        costs.append(StageCost(shape, tuple(settings_of(shape)), kl, tuple(told["errors"])))
+    for stage in found:
+        shape = StageShape.of(stage)
+        kl = tuple(stage["kl"] * error for error in stage["errors"])
+        costs.append(StageCost(shape, tuple(settings_of(shape)), kl, tuple(stage["errors"])))
     return costs
+
+
+def known_stages(source: StreamedModel) -> list[StageShape]:
+    """The stages of all blocks as far as they are known before one has been run: by the table, or linear by linear."""
+    layout, shapes = source.layout, []
+    for index, block in enumerate(block_list(source.model, layout)):
+        prefix = f"{layout.blocks}.{index}"
+        named = [[name] for name in linears(block)]
+        if layout.units is not None:
+            named = [list(stage) for unit in layout.units for stage in unit.stages]
+        shapes += [_shape(block, prefix, names) for names in named]
+    return shapes
 
 
 @dataclass
@@ -100,8 +112,8 @@ class _Measured:
     """Per probe of this rank: what the stage's error changed in the activations, [1, T, hidden] bfloat16. A change
     needs few digits: 8 bits of it lose some 1e-5 of the KL."""
 
-    def told(self) -> dict[str, Any]:
-        """All but the changes, as JSON."""
+    def as_json(self) -> dict[str, Any]:
+        """All but the changes."""
         return {**asdict(self.shape), "errors": self.errors}
 
 
@@ -118,21 +130,19 @@ class _Pass:
     ) -> None:
         """In front of the first block."""
         self._source, self._settings_of, self._ranks = source, settings_of, ranks
-        self._mine = ranks.mine(range(len(probes)))
+        self._mine, self._my_data = ranks.mine(range(len(probes))), ranks.mine(range(len(samples)))
         source.load_outside(with_head=False)
-        self._probes = captured(source, probes, self._mine)
-        self._data = captured(source, samples, ranks.mine(range(len(samples))))
+        self._probes, self._width = capture_some(source, probes, self._mine)
+        self._data, _ = capture_some(source, samples, self._my_data)
         source.release_outside()
         self._measured: list[_Measured] = []
 
     def refuse_full_disk(self, run: Run) -> None:
         """Raise DoesNotFitError, on every rank, if the snapshots will not fit: there are two while one is taken."""
-        layout = self._source.layout
-        blocks = block_list(self._source.model, layout)
-        most = sum(len(unit.stages) for unit in layout.units) if layout.units is not None else len(linears(blocks[0]))
         with self._ranks.agreed():
             if self._ranks.writer:
-                run.refuse_full_disk(2 * sum(spec.nbytes for spec in self._specs(most * len(blocks)).values()))
+                specs = self._specs(len(known_stages(self._source)))
+                run.refuse_full_disk(2 * sum(spec.nbytes for spec in specs.values()))
 
     def to_the_end(self, snapshots: Snapshots, on_progress: OnProgress) -> list[dict[str, Any]]:
         """Every stage with its KL at its first setting and the errors of all, as JSON."""
@@ -144,8 +154,8 @@ class _Pass:
             self._block(block, index)
             self._source.release(index)
             return_unused_memory()
-            told = {"block": index + 1, "stages": [stage.told() for stage in self._measured]}
-            snapshots.take(told, self._tensors(), self._specs(len(self._measured)))
+            state = {"block": index + 1, "stages": [stage.as_json() for stage in self._measured]}
+            snapshots.take(state, self._tensors(), self._specs(len(self._measured)))
         return self._finished()
 
     def _block(self, block: nn.Module, index: int) -> None:
@@ -180,41 +190,37 @@ class _Pass:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that changes from block to block, of this rank, by name."""
-        kept = {f"probe {i}": self._probes.hidden[i] for i in self._mine}
-        kept |= {f"sample {i}": self._data.hidden[i] for i in self._ranks.mine(range(len(self._data.lengths)))}
+        tensors = {_probe(i): self._probes.hidden[i] for i in self._mine}
+        tensors |= {_sample(i): self._data.hidden[i] for i in self._my_data}
         changed = ((n, i, stage.changes[i]) for n, stage in enumerate(self._measured) for i in self._mine)
-        return kept | {f"stage {n} probe {i}": change for n, i, change in changed}
+        return tensors | {_change(n, i): change for n, i, change in changed}
 
     def _specs(self, stages: int) -> dict[str, TensorSpec]:
         """Of what all ranks have, behind so many stages."""
-        width, dtype = self._source.config.get_text_config().hidden_size, DTYPE_NAMES[self._source.dtype]
+        width, dtype = self._width, DTYPE_NAMES[self._source.dtype]
         specs = {}
         for i, length in enumerate(self._probes.lengths):
-            specs[f"probe {i}"] = TensorSpec(dtype, (1, length, width))
-            specs |= {f"stage {n} probe {i}": TensorSpec("BF16", (1, length, width)) for n in range(stages)}
+            specs[_probe(i)] = TensorSpec(dtype, (1, length, width))
+            specs |= {_change(n, i): TensorSpec("BF16", (1, length, width)) for n in range(stages)}
         for i, length in enumerate(self._data.lengths):
-            specs[f"sample {i}"] = TensorSpec(dtype, (1, length, width))
+            specs[_sample(i)] = TensorSpec(dtype, (1, length, width))
         return specs
 
     def _restored(self, snapshots: Snapshots) -> int:
         """Go to where the newest snapshot was taken: in front of which block."""
-        told = snapshots.told()
-        if told is None:
+        state, device = snapshots.state, self._source.device
+        if state is None:
             return 0
-        stages = [(StageShape.of(stage), tuple(stage["errors"])) for stage in told["stages"]]
-        self._measured = [_Measured(shape, errors, {}) for shape, errors in stages]
-        samples = self._ranks.mine(range(len(self._data.lengths)))
-        names = [f"probe {i}" for i in self._mine] + [f"sample {i}" for i in samples]
-        names += [f"stage {n} probe {i}" for n in range(len(stages)) for i in self._mine]
-        tensors = snapshots.tensors(self._specs(len(stages)), names)
-        found = {name: tensor.to(self._source.device) for name, tensor in tensors.items()}
-        for i in self._mine:
-            self._probes.hidden[i] = found[f"probe {i}"]
-            for n, stage in enumerate(self._measured):
-                stage.changes[i] = found[f"stage {n} probe {i}"]
-        for i in samples:
-            self._data.hidden[i] = found[f"sample {i}"]
-        return int(told["block"])
+        stages = [(StageShape.of(stage), tuple(stage["errors"])) for stage in state["stages"]]
+        with snapshots.newest(self._specs(len(stages))) as read:
+            for i in self._mine:
+                self._probes.hidden[i] = read(_probe(i)).to(device)
+            for i in self._my_data:
+                self._data.hidden[i] = read(_sample(i)).to(device)
+            for n, (shape, errors) in enumerate(stages):
+                changes = {i: read(_change(n, i)).to(device) for i in self._mine}
+                self._measured.append(_Measured(shape, errors, changes))
+        return int(state["block"])
 
     def _finished(self) -> list[dict[str, Any]]:
         """Put the head on every stream and compare."""
@@ -228,9 +234,28 @@ class _Pass:
                 changed = (head(source, hidden + stage.changes[i], source.device) for stage in self._measured)
                 found.append([i, len(theirs), [kl_sum(stream.counted(i, ours), theirs) for ours in changed]])
             source.release_outside()
-        _, counts, sums = zip(*in_order(self._ranks, found), strict=True)
+        _, counts, sums = zip(*gathered_in_order(self._ranks, found), strict=True)
         means = [math.fsum(of_stage) / sum(counts) for of_stage in zip(*sums, strict=True)]
-        return [{**stage.told(), "kl": kl} for stage, kl in zip(self._measured, means, strict=True)]
+        return [{**stage.as_json(), "kl": kl} for stage, kl in zip(self._measured, means, strict=True)]
+
+
+def _probe(i: int) -> str:
+    return f"probe {i}"
+
+
+def _sample(i: int) -> str:
+    return f"sample {i}"
+
+
+def _change(stage: int, i: int) -> str:
+    return f"probe {i} by stage {stage}"
+
+
+def _shape(block: nn.Module, prefix: str, names: Sequence[str]) -> StageShape:
+    """Of linears of a block that read one input."""
+    weights = [block.get_parameter(f"{name}.weight") for name in names]
+    full = tuple(f"{prefix}.{name}" for name in names)
+    return StageShape(full, tuple(weight.shape[0] for weight in weights), weights[0].shape[1])
 
 
 def _stages(
@@ -244,12 +269,7 @@ def _stages(
         named = ranks.json(named)
     else:
         named = [list(stage) for unit in units for stage in unit.stages]
-    shapes = []
-    for names in named:
-        weights = [block.get_parameter(f"{name}.weight") for name in names]
-        full = tuple(f"{prefix}.{name}" for name in names)
-        shapes.append(StageShape(full, tuple(weight.shape[0] for weight in weights), weights[0].shape[1]))
-    return shapes
+    return [_shape(block, prefix, names) for names in named]
 
 
 def _layers(block: nn.Module, prefix: str, shape: StageShape) -> list[nn.Linear]:
@@ -280,6 +300,9 @@ def _hessians(
             for hessian in hessians:
                 if hessian is not None:
                     hessian.end_lane(ranks)
+    for hessian in hessians:
+        if hessian is not None:
+            hessian.free_lane()
     return hessians
 
 

@@ -11,7 +11,7 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -181,7 +181,10 @@ class UnfinishedRun(Run):
             if not _carries(self._out, self.finished(_SEALED)):
                 refuse_existing(self._out, self._kind, overwrite=self._overwrite)
                 put_in_place(self.result, self._out, aside=self.folder / "replaced")
-            self.take_other_parts()
+            self._take(_parts(self._out))
+            self._empty()
+            # Last: as long as this journal says that the result is in place, nobody needs to measure it again.
+            self._take([work_folder(self._out, MEASURING)])
             self.remove()
         self.ranks.barrier()
 
@@ -192,9 +195,9 @@ class UnfinishedRun(Run):
                 if not (file := self.result / name).is_file() or sha256(file) != digest:
                     raise damaged(f"{file} is missing or damaged", _anew(self.folder))
 
-    def take_other_parts(self) -> None:
+    def _take(self, parts: Iterable[Path]) -> None:
         """Move what other parts of the work for the same output left into this run's folder, to be removed with it."""
-        for folder in _parts(self._out):
+        for folder in parts:
             if folder != self.folder and (folder / _JOURNAL).is_file():
                 with suppress(UsageError), alone(folder / _JOURNAL):  # one that is at work looks after itself
                     shutil.rmtree(self.folder / folder.name, ignore_errors=True)
@@ -203,14 +206,18 @@ class UnfinishedRun(Run):
     def remove(self) -> None:
         """Remove the run's folder, the journal last: without one the rest would be nobody's."""
         if self._journal is not None:
-            for path in self.folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != _JOURNAL:
-                    path.unlink()
+            self._empty()
             self._journal.remove()
             with suppress(OSError):  # not there, or someone else's file is in it by now
                 self.folder.rmdir()
+
+    def _empty(self) -> None:
+        """Remove all but the journal."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _JOURNAL:
+                path.unlink()
 
 
 def work_folder(out: Path, part: int | str = 0) -> Path:
@@ -220,8 +227,9 @@ def work_folder(out: Path, part: int | str = 0) -> Path:
 
 def refuse_output(out: Path, kind: Kind, *, overwrite: bool) -> None:
     """As ``refuse_existing``, but for an output that is complete and whose run only had no time to tidy up."""
-    if not any(_carries(out, _sealed(folder)) for folder in _parts(out)):
-        for folder in _parts(out) if out.exists() else ():
+    parts = [*_parts(out), work_folder(out, MEASURING)]
+    if not any(_carries(out, _sealed(folder)) for folder in parts):
+        for folder in parts if out.exists() else ():
             with suppress(OSError):  # not there, or not empty: all that a run may leave that was killed as it tidied up
                 folder.rmdir()
         refuse_existing(out, kind, overwrite=overwrite)
@@ -232,7 +240,8 @@ def _anew(folder: Path) -> str:
 
 
 def _parts(out: Path) -> Iterator[Path]:
-    return (work_folder(out, part) for part in (*range(_MOST_TRIES), MEASURING))
+    """All of the work for an output but the measuring that may come before."""
+    return (work_folder(out, number) for number in range(_MOST_TRIES))
 
 
 @contextmanager
@@ -277,8 +286,6 @@ def going_on(
                 yield run
         except BaseException as error:
             hopeless = isinstance(error, _OF_THE_INPUT) and not isinstance(error, _OF_THE_WORK)
-            if hopeless:
-                run.take_other_parts()
             if hopeless or not len(journal):
                 run.remove()
             elif not isinstance(error, (DamagedWorkError, StoppedError, AnotherTry)):
@@ -294,6 +301,11 @@ def _opened(out: Path, folder: Path, kind: Kind, identity: Mapping[str, Any], *,
         raise damaged(f"{folder / _JOURNAL} is missing or damaged", _anew(folder))
     if folder.exists() and not (folder / _JOURNAL).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"a run keeps its unfinished work in {folder}, and that is something else; move it away")
+    measuring = work_folder(out, MEASURING)
+    for other in _parts(out) if folder == measuring else [measuring]:
+        if (other / _JOURNAL).is_file():
+            with alone(other / _JOURNAL):
+                pass  # nobody measures for an output that another makes, nor the other way round
     journal = Journal(folder / _JOURNAL, identity, resume=True, again=_AGAIN, anew=_anew(folder))
     with journal.alone():
         seal = dict(journal.items()).get(_SEALED)

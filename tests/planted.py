@@ -407,7 +407,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "scales that are missing": Defect("tensors", f"{LINEAR}.scales", without(f"{LINEAR}.scales")),
     "zeros that are missing": Defect("tensors", f"{LINEAR}.qzeros", without(f"{LINEAR}.qzeros")),
-    "codes that are missing": Defect("tensors", LINEAR, without(f"{LINEAR}.qweight")),
+    "codes that are missing": Defect("tensors", f"{LINEAR}.qweight", without(f"{LINEAR}.qweight")),
     "an order that is missing": Defect("tensors", f"{LINEAR}.g_idx", without(f"{LINEAR}.g_idx"), needs="shuffled"),
     "a plain order that is missing": Defect(
         "tensors", f"{LINEAR}.g_idx", without(f"{LINEAR}.g_idx"), "warning", "in order"

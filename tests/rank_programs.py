@@ -1,6 +1,6 @@
 """What several processes do in the tests of ranks: programs that every rank runs, and how they are started.
 
-Processes are forked off a server that has torch in memory, so that a dozen of them start in a second.
+Processes are forked off a server that has imported everything, so that a dozen of them start in a second.
 """
 
 from __future__ import annotations
@@ -195,6 +195,47 @@ def lose_a_rank(ranks: Ranks, folder: Path) -> None:
     hessian.end_lane(ranks)
 
 
+def mixed_of(model: Path, out: Path | None, ranks: Ranks, kill_at: int | None = None) -> dict[str, Any]:
+    """Measure a model, look at the block where the process ends if it is the first rank, and compare with another."""
+    from qquant.mixed_precision import measure
+    from qquant.run import Pace
+    from qquant.samples import samples_from_ids
+
+    blocks = []
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        if what.startswith("measuring"):
+            if done == kill_at and ranks.writer:
+                os.kill(os.getpid(), signal.SIGKILL)
+            blocks.append(done)
+
+    setattr(Pace, "due", True)  # noqa: B010  mypy forbids the assignment
+    samples = samples_from_ids(torch.randint(0, 300, (24, 16), generator=torch.Generator().manual_seed(0)))
+    config = QuantizeConfig(method="gptq", group_size=32)
+    mixed = measure(model, samples, config, sensitivity_tokens=5 * 256, out=out, ranks=ranks, on_progress=on_progress)
+    found = mixed.measured_kl(model.with_name("quantized"))
+    costs = [[stage.shape.names, stage.kl, stage.errors] for stage in mixed.costs]
+    return {"costs": costs, "divergence": [found.kl, found.stderr, found.tokens], "blocks": blocks}
+
+
+def measure_until_killed(ranks: Ranks, folder: Path) -> None:
+    """Two of three blocks, as far as the first rank comes."""
+    mixed_of(folder / "model", folder / "out", ranks, kill_at=2)
+
+
+def measure_to_the_end(ranks: Ranks, folder: Path) -> None:
+    """Write what every rank found."""
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(mixed_of(folder / "model", folder / "out", ranks)))
+
+
+PROGRAMS = {
+    "report": report,
+    "lose a rank": lose_a_rank,
+    "measure until killed": measure_until_killed,
+    "measure to the end": measure_to_the_end,
+}
+
+
 def rank_process(program: str, rank: int, size: int, port: int, folder: str) -> None:
     """The body of one process."""
     torch.set_num_threads(1)
@@ -202,7 +243,7 @@ def rank_process(program: str, rank: int, size: int, port: int, folder: str) -> 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         with joined("cpu") as (ranks, _):
-            {"report": report, "lose a rank": lose_a_rank}[program](ranks, Path(folder))
+            PROGRAMS[program](ranks, Path(folder))
     except QquantError as error:
         (Path(folder) / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(error.exit_code) from error
@@ -211,7 +252,7 @@ def rank_process(program: str, rank: int, size: int, port: int, folder: str) -> 
 def start(program: str, size: int, folder: Path) -> Sequence[BaseProcess]:
     """The processes of a program, one per rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.rank_programs"])
+    context.set_forkserver_preload(["tests.rank_programs", "qquant.mixed_precision"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

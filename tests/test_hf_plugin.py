@@ -186,7 +186,7 @@ FAULTS: dict[str, Fault] = {
     "no qzeros": (drop(f"{UP}.qzeros"), {}, rf"tensor {UP}.qzeros is missing"),
     "no scales": (drop(f"{UP}.scales"), {}, rf"tensor {UP}.scales is missing"),
     "no bias": (drop(f"{Q}.bias"), {}, rf"tensor {Q}.bias is missing from .*; get the checkpoint again"),
-    "no qweight": (drop(f"{UP}.qweight"), {}, UP),
+    "no qweight": (drop(f"{UP}.qweight"), {}, rf"tensor {UP}.qweight is missing"),
     "no norm": (drop("model.norm.weight"), {}, "model.norm.weight is missing"),
     "nothing packed": (lambda tensors: [tensors.pop(k) for k in list(tensors) if "_proj" in k], {}, r"no tensor \*"),
     "a stray tensor": (put("model.stray", torch.ones(2)), {}, "model.stray"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +14,13 @@ import pytest
 import torch
 
 from qquant import ranks as room
+from qquant.config import QuantizeConfig
 from qquant.errors import RankLostError, StoppedError, UsageError
+from qquant.quantizing import quantize_checkpoint
 from qquant.ranks import ALONE, LANES, Ranks, joined
-from tests.rank_programs import DTYPES, SAMPLES, SIZES, alone, ended, reports, same_bits, start
+from qquant.run import Pace
+from tests.conftest import Factory
+from tests.rank_programs import DTYPES, SAMPLES, SIZES, alone, ended, mixed_of, reports, same_bits, start
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,6 +87,22 @@ def test_an_error_of_one_rank_is_raised_by_all_in_the_same_words(size: int) -> N
         assert values["spoiled"][0] == values["empty"][0] == "NumericError"
         assert "must be finite" in values["spoiled"][1]
         assert "at least one calibration token" in values["empty"][1]
+
+
+@pytest.mark.slow
+def test_a_model_is_measured_by_any_number_of_ranks_that_go_on_where_others_were_killed(
+    checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "due", Pace.due)  # put back what measuring here sets
+    source = checkpoint("olmo2", num_hidden_layers=3, hidden_size=32, intermediate_size=64)
+    shutil.copytree(source, tmp_path / "model")
+    quantize_checkpoint(source, None, QuantizeConfig(method="rtn", group_size=32), tmp_path / "quantized")
+    expected = json.loads(json.dumps(mixed_of(tmp_path / "model", None, ALONE)))
+    assert expected["blocks"] == [0, 1, 2]
+    assert ended(start("measure until killed", 2, tmp_path)) == [-9, StoppedError.exit_code]
+    assert ended(start("measure to the end", 3, tmp_path)) == [0, 0, 0]
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {**expected, "blocks": [2]}
 
 
 @pytest.mark.slow

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qquant.config import QuantizeConfig
-from qquant.errors import DamagedWorkError, DoesNotFitError, StoppedError
+from qquant.errors import BadModelError, DamagedWorkError, DoesNotFitError, StoppedError, UsageError
 from qquant.mixed_precision import measure
+from qquant.quantizing import quantize_checkpoint
 from qquant.run import Pace
 from qquant.samples import Sample, samples_from_ids
+from qquant.shards import SINGLE_NAME
 from qquant.snapshots import Snapshots
 from qquant.stage_costs import StageCost
-from qquant.unfinished import MEASURING, work_folder
+from qquant.unfinished import MEASURING, UnfinishedRun, work_folder
 from tests.conftest import VOCAB, Factory
 
 CONFIG = QuantizeConfig(method="gptq", bits=4, group_size=32)
@@ -140,6 +144,111 @@ def test_a_damaged_snapshot_is_refused_until_it_is_put_back(checkpoint: Factory,
     blocks: list[int] = []
     assert costs(source, tmp_path / "out", blocks) == costs(source, None)
     assert blocks == [2]
+
+
+def test_a_journal_that_lost_its_last_lines_is_not_gone_on_with(
+    checkpoint: Factory, tmp_path: Path, always: None
+) -> None:
+    """Rules leave all blocks but the first and the last alone, so that all snapshots are alike in names and shapes."""
+    source = checkpoint("qwen2", **{**SHAPE, "num_hidden_layers": 5})
+    rules: dict[str, Any] = {"-:.*layers\\.[123]\\..*": {}}
+    config = QuantizeConfig.from_dict({"method": "gptq", "bits": 4, "group_size": 32, "dynamic": rules})
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        if what.startswith("measuring") and done == 4:
+            raise Cut
+
+    with pytest.raises(Cut):
+        measure(source, some_samples(), config, out=tmp_path / "out", on_progress=on_progress)
+    expected, refused = measure(source, some_samples(), config).costs, []
+    lines = (work_folder(tmp_path / "out", MEASURING) / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    for kept in range(1, len(lines) + 1):
+        out = tmp_path / str(kept) / "out"
+        shutil.copytree(work_folder(tmp_path / "out", MEASURING), work_folder(out, MEASURING))
+        (work_folder(out, MEASURING) / "journal.jsonl").write_bytes(b"".join(lines[:kept]))
+        try:
+            assert measure(source, some_samples(), config, out=out).costs == expected, "begun anew, or all was there"
+        except DamagedWorkError:
+            refused.append(lines[kept - 1])
+    assert any(b'"slot": 0' in line for line in refused), "a later snapshot lies where that one was"
+
+
+def test_a_signal_behind_the_last_block_stops_before_anything_is_quantized(
+    checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plain = checkpoint("qwen2", **SHAPE), UnfinishedRun.drop
+
+    def drop(run: UnfinishedRun, name: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(UnfinishedRun, "drop", plain)
+        plain(run, name)
+
+    monkeypatch.setattr(UnfinishedRun, "drop", drop)
+    with pytest.raises(StoppedError, match="the same command goes on"):
+        costs(source, tmp_path / "out")
+    blocks: list[int] = []
+    assert costs(source, tmp_path / "out", blocks) == costs(source, None)
+    assert blocks == [], "all was measured when the signal came"
+
+
+def test_rules_that_leave_nothing_are_refused_before_anything_is_kept(checkpoint: Factory, tmp_path: Path) -> None:
+    config = QuantizeConfig.from_dict({"method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"-:.*": {}}})
+    with pytest.raises(UsageError, match="so there is nothing to choose"):
+        measure(checkpoint("qwen2", **SHAPE), some_samples(), config, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(source: Path, folder: Path) -> Path:
+    """The model with a number that is none in its last block."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / SINGLE_NAME)
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
+    return folder
+
+
+def test_a_model_that_cannot_be_measured_costs_another_run_nothing(
+    checkpoint: Factory, tmp_path: Path, always: None
+) -> None:
+    source, out = checkpoint("qwen2", **SHAPE), tmp_path / "out"
+    config = QuantizeConfig(method="gptq", group_size=32)
+
+    def stop(record: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError):
+        quantize_checkpoint(source, some_samples(), config, out, on_module=stop)
+    before = (work_folder(out) / "journal.jsonl").read_bytes()
+    with pytest.raises(BadModelError, match="weights must be finite"):
+        costs(damaged(source, tmp_path / "bad"), out)
+    assert (work_folder(out) / "journal.jsonl").read_bytes() == before
+    assert not work_folder(out, MEASURING).exists()
+
+
+def test_a_model_that_cannot_be_quantized_costs_what_was_measured_of_another_nothing(
+    checkpoint: Factory, tmp_path: Path
+) -> None:
+    source, out = checkpoint("qwen2", **SHAPE), tmp_path / "out"
+    expected = costs(source, out)
+    with pytest.raises(BadModelError, match="weights must be finite"):
+        quantize_checkpoint(
+            damaged(source, tmp_path / "bad"), some_samples(), QuantizeConfig(method="gptq", group_size=32), out
+        )
+    blocks: list[int] = []
+    assert costs(source, out, blocks) == expected
+    assert blocks == []
+
+
+def test_two_parts_of_the_work_for_one_output_are_not_done_at_once(checkpoint: Factory, tmp_path: Path) -> None:
+    source, out = checkpoint("qwen2", **SHAPE), tmp_path / "out"
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        if what.startswith("measuring"):
+            with pytest.raises(UsageError, match="at work"):
+                quantize_checkpoint(source, None, QuantizeConfig(method="rtn", group_size=32), out)
+
+    assert len(measure(source, some_samples(), CONFIG, out=out, on_progress=on_progress).costs) == 12
+    assert not work_folder(out).exists()
 
 
 def test_disk_space_is_looked_at_before_anything_is_measured(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qquant
-from qquant import quantizing
+from qquant import memory_room
 from qquant.activations import Activations
 from qquant.calibrate import Sample, samples_from_ids
 from qquant.capture import capture
@@ -305,7 +305,7 @@ def test_samples_on_the_disk_are_read_one_by_one_and_give_the_same_scales(
 
     watch("__getitem__")
     watch("committed")
-    monkeypatch.setattr(quantizing, "_room", lambda *_: (True, 0))
+    monkeypatch.setattr(memory_room, "activations_spill", lambda *_: (True, 0))
     quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "disk")
     one, other = (load_file(tmp_path / name / SINGLE_NAME) for name in ("memory", "disk"))
     assert one.keys() == other.keys()
@@ -339,7 +339,7 @@ def test_a_tuned_run_that_is_cut_off_anywhere_goes_on_to_the_same_scales(
     """Before the first block, between two, and behind the last."""
     config, samples = QuantizeConfig(method="gptq+tune:1", group_size=32), some_samples(4)
     quantize_checkpoint(tiny_qwen2, samples, config, tmp_path / "whole")
-    monkeypatch.setattr(quantizing, "_room", lambda *_: (spills, 0))
+    monkeypatch.setattr(memory_room, "activations_spill", lambda *_: (spills, 0))
     finish, stops = UnfinishedRun.finish, 0
 
     def stopping(self: UnfinishedRun, key: str, piece: Any) -> None:
