@@ -5,7 +5,7 @@
 #   VENV=.venv          where the environment is
 #   TORCH=torch==2.13.0 which torch is installed, before everything else
 #   QQUANT_NATIVE=auto  0: build no native module; 1: fail if one cannot be built
-#   WORKERS=2           how many processes share the tests, up to 1 GB of memory each; 0: all in one process
+#   WORKERS=2           how many processes share the tests and the check of types, up to 1 GB of memory each; 0: one
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -79,7 +79,7 @@ test: $(STAMP)-package $(STAMP)-dev $(STAMP)-vocabulary
 check: $(STAMP)-package $(STAMP)-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	$(PY) -m mypy --num-workers $(WORKERS)
 
 format: $(STAMP)-dev
 	$(PY) -m ruff check --fix .

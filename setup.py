@@ -12,6 +12,7 @@ that needs torch headers or nvcc joins ``EXTENSIONS`` with a function of its own
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from glob import glob
 
 from setuptools import Extension, setup
@@ -155,6 +156,14 @@ def wanted_extensions() -> list[Extension]:
     return found
 
 
+def compile_on_all_cores() -> None:
+    """Have setuptools compile a module's files side by side, on MAX_JOBS cores or all; by itself it takes turns."""
+    with suppress(ImportError):  # without pybind11 there is little to compile
+        from pybind11.setup_helpers import ParallelCompile
+
+        ParallelCompile("MAX_JOBS").install()
+
+
 class Build(build_ext):
     """Adds the compiler's flags and turns a failed compilation into one line."""
 
@@ -178,4 +187,5 @@ class Build(build_ext):
             give_up(ext.name, f"the C++ compiler did not run: {error}")
 
 
+compile_on_all_cores()
 setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": Build})
