@@ -27,7 +27,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make check        lint, formatting, types"
 	@echo "make format       let ruff repair what it can"
-	@echo "make reliability  kill, starve and mislead it thousands of times, and write docs/reliability.md: an hour"
+	@echo "make reliability  kill, starve and mislead it thousands of times, and write docs/reliability.md: 45 minutes"
 	@echo "make sanitize     run the CPU kernels under address and undefined-behaviour sanitizers"
 	@echo "make interop      exchange checkpoints with other GPTQ tools, in an environment of its own"
 	@echo "make lm-eval      compare every decision with lm-evaluation-harness, in an environment of its own"

@@ -161,6 +161,11 @@ def compile_on_all_cores() -> None:
     with suppress(ImportError):  # without pybind11 there is little to compile
         from pybind11.setup_helpers import ParallelCompile
 
+        jobs = os.environ.get("MAX_JOBS", "")
+        if jobs and not jobs.isdecimal():
+            sys.exit(f"error: MAX_JOBS must be a number of compilers at a time, got {jobs!r}")
+        if not jobs:
+            os.environ.pop("MAX_JOBS", None)
         ParallelCompile("MAX_JOBS").install()
 
 

@@ -189,10 +189,10 @@ def quantize_mixed(
         UsageError: a target that cannot be met; the message says what can.
     """
     from qquant.divergence import Divergence
-    from qquant.errors import UsageError
+    from qquant.errors import QquantError, UsageError
     from qquant.json_files import write_json
     from qquant.mixed_precision import FEW_CHECK_TOKENS, MARGIN, RECORD_NAME
-    from qquant.unfinished import AnotherTry, work_folder
+    from qquant.unfinished import AnotherTry, would_come_again
 
     assert (target_bytes is None) != (max_kl is None), "one target"
     limit = math.inf if max_kl is None else max_kl
@@ -214,6 +214,7 @@ def quantize_mixed(
         try:
             choice = mixed.choose(target_bytes=target_bytes, max_kl=max_kl, correction=correction)
         except UsageError as error:
+            _give_up_tries(mixed, out, number)
             raise UsageError(f"{error}{_for_another(out)}") from error
         on_choice(choice, measured[number - 1].kl if measured else None)
 
@@ -256,13 +257,24 @@ def quantize_mixed(
             )
         except AnotherTry:
             continue
+        except QquantError as error:
+            if would_come_again(error):
+                _give_up_tries(mixed, out, number)
+            raise
         return log, measured.get(number) or mixed.measured_kl(Path(out))  # sealed by an earlier process
-    for earlier in range(_MOST_RUNS) if mixed.ranks.writer else ():
-        shutil.rmtree(work_folder(Path(out), earlier), ignore_errors=True)
+    _give_up_tries(mixed, out, _MOST_RUNS)
     raise UsageError(
         f"a KL of at most {limit:g} was missed {_MOST_RUNS} times, the last measured {measured[number].kl:.3g}; "
         f"nothing was published. Ask for a higher one, or for a size{_for_another(out)}"
     )
+
+
+def _give_up_tries(mixed: MixedPrecision, out: str | Path, count: int) -> None:
+    """Remove what is left of the first tries: each was complete and missed its limit."""
+    from qquant.unfinished import work_folder
+
+    for number in range(count) if mixed.ranks.writer else ():
+        shutil.rmtree(work_folder(Path(out), number), ignore_errors=True)
 
 
 def _for_another(out: str | Path) -> str:

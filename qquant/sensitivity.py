@@ -141,7 +141,8 @@ class _Pass:
         """Raise DoesNotFitError, on every rank, if the snapshots will not fit: there are two while one is taken."""
         with self._ranks.agreed():
             if self._ranks.writer:
-                specs = self._specs(len(known_stages(self._source)))
+                stages = [shape for shape in known_stages(self._source) if self._settings_of(shape)]
+                specs = self._specs(len(stages))
                 run.refuse_full_disk(2 * sum(spec.nbytes for spec in specs.values()))
 
     def to_the_end(self, snapshots: Snapshots, on_progress: OnProgress) -> list[dict[str, Any]]:

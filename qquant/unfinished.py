@@ -183,7 +183,7 @@ class UnfinishedRun(Run):
                 put_in_place(self.result, self._out, aside=self.folder / "replaced")
             self._take(_parts(self._out))
             self._empty()
-            # Last: as long as this journal says that the result is in place, nobody needs to measure it again.
+            # Last, since a command that is to tidy up measures first where this is not there any more.
             self._take([work_folder(self._out, MEASURING)])
             self.remove()
         self.ranks.barrier()
@@ -218,6 +218,11 @@ class UnfinishedRun(Run):
                 shutil.rmtree(path)
             elif path.name != _JOURNAL:
                 path.unlink()
+
+
+def would_come_again(error: BaseException) -> bool:
+    """Whether the model, the data or its numbers would cause an error in the same run again, so that it is given up."""
+    return isinstance(error, _OF_THE_INPUT) and not isinstance(error, _OF_THE_WORK)
 
 
 def work_folder(out: Path, part: int | str = 0) -> Path:
@@ -285,7 +290,7 @@ def going_on(
             with _listening(run):
                 yield run
         except BaseException as error:
-            hopeless = isinstance(error, _OF_THE_INPUT) and not isinstance(error, _OF_THE_WORK)
+            hopeless = would_come_again(error)
             if hopeless or not len(journal):
                 run.remove()
             elif not isinstance(error, (DamagedWorkError, StoppedError, AnotherTry)):

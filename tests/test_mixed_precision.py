@@ -19,7 +19,7 @@ from qquant.checkpoint import QUANTIZED_FOLDER, reopen
 from qquant.cli import app
 from qquant.config import QuantizeConfig
 from qquant.divergence import Divergence, divergence
-from qquant.errors import BadDataError, UsageError
+from qquant.errors import BadDataError, NumericError, UsageError
 from qquant.mixed_precision import RECORD_NAME, Choice, MixedPrecision, choose, measure
 from qquant.mixed_settings import rules_for, settings_of
 from qquant.quantizing import quantize_checkpoint, quantize_mixed
@@ -262,6 +262,40 @@ def test_what_misses_its_limit_is_never_published(
     monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: Divergence(1.01 * limit, None, 1))
     with pytest.raises(UsageError, match=r"was missed 4 times, the last measured .*; nothing was published"):
         quantize_mixed(mixed, tmp_path / "q", max_kl=limit)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_try_that_cannot_be_chosen_leaves_room_for_another_target(
+    mixed: MixedPrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four = mixed.pure(4)
+    assert four is not None
+    limit = four.predicted_kl
+    with monkeypatch.context() as patched:
+        patched.setattr(MixedPrecision, "measured_kl", lambda self, folder: Divergence(1e6 * limit, None, 1))
+        with pytest.raises(UsageError, match="no choice of settings is sure to stay under"):
+            quantize_mixed(mixed, tmp_path / "q", max_kl=limit)
+    assert list(tmp_path.iterdir()) == []
+    quantize_mixed(mixed, tmp_path / "q", target_bytes=between(mixed, 0.5))
+
+
+def test_a_second_try_that_fails_for_good_takes_the_first_with_it(
+    mixed: MixedPrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four = mixed.pure(4)
+    assert four is not None
+    tries = []
+
+    def measured(self: MixedPrecision, folder: Path) -> Divergence:
+        tries.append(folder)
+        if len(tries) > 1:
+            raise NumericError("logits must be finite")
+        return Divergence(1.5 * four.predicted_kl, None, 1)
+
+    monkeypatch.setattr(MixedPrecision, "measured_kl", measured)
+    with pytest.raises(NumericError):
+        quantize_mixed(mixed, tmp_path / "q", max_kl=four.predicted_kl)
+    assert len(tries) == 2
     assert list(tmp_path.iterdir()) == []
 
 
