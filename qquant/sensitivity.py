@@ -22,7 +22,7 @@ from qquant.divergence import capture_some, gathered_in_order, kl_sum
 from qquant.errors import QquantError
 from qquant.heap import return_unused_memory
 from qquant.hooks import first_output, inputs_seen
-from qquant.models.layouts import block_list, linears
+from qquant.models.layouts import Layout, block_list, linears
 from qquant.moments import Hessian
 from qquant.ranks import Ranks
 from qquant.run import Run
@@ -94,11 +94,14 @@ def known_stages(source: StreamedModel) -> list[StageShape]:
     layout, shapes = source.layout, []
     for index, block in enumerate(block_list(source.model, layout)):
         prefix = f"{layout.blocks}.{index}"
-        named = [[name] for name in linears(block)]
-        if layout.units is not None:
-            named = [list(stage) for unit in layout.units for stage in unit.stages]
+        named = _by_table(layout) or [[name] for name in linears(block)]
         shapes += [_shape(block, prefix, names) for names in named]
     return shapes
+
+
+def _by_table(layout: Layout) -> list[list[str]] | None:
+    """The linears of each stage of a block; None for a model that no table knows."""
+    return None if layout.units is None else [list(stage) for unit in layout.units for stage in unit.stages]
 
 
 @dataclass
@@ -263,13 +266,11 @@ def _stages(
     block: nn.Module, prefix: str, source: StreamedModel, ranks: Ranks, run_one: Callable[[], Any]
 ) -> list[StageShape]:
     """The stages of a block, by the table or by watching one sample, the first rank's."""
-    units = source.layout.units
-    if units is None:
+    named = _by_table(source.layout)
+    if named is None:
         with ranks.agreed():
             named = discover_stages(block, prefix, run_one) if ranks.writer else []
         named = ranks.json(named)
-    else:
-        named = [list(stage) for unit in units for stage in unit.stages]
     return [_shape(block, prefix, names) for names in named]
 
 

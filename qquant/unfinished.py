@@ -181,7 +181,7 @@ class UnfinishedRun(Run):
             if not _carries(self._out, self.finished(_SEALED)):
                 refuse_existing(self._out, self._kind, overwrite=self._overwrite)
                 put_in_place(self.result, self._out, aside=self.folder / "replaced")
-            self._take(_parts(self._out))
+            self._take(_tries(self._out))
             self._empty()
             # Last, since a command that is to tidy up measures first where this is not there any more.
             self._take([work_folder(self._out, MEASURING)])
@@ -232,7 +232,7 @@ def work_folder(out: Path, part: int | str = 0) -> Path:
 
 def refuse_output(out: Path, kind: Kind, *, overwrite: bool) -> None:
     """As ``refuse_existing``, but for an output that is complete and whose run only had no time to tidy up."""
-    parts = [*_parts(out), work_folder(out, MEASURING)]
+    parts = [*_tries(out), work_folder(out, MEASURING)]
     if not any(_carries(out, _sealed(folder)) for folder in parts):
         for folder in parts if out.exists() else ():
             with suppress(OSError):  # not there, or not empty: all that a run may leave that was killed as it tidied up
@@ -244,8 +244,8 @@ def _anew(folder: Path) -> str:
     return f"delete {folder}"
 
 
-def _parts(out: Path) -> Iterator[Path]:
-    """All of the work for an output but the measuring that may come before."""
+def _tries(out: Path) -> Iterator[Path]:
+    """The folders of all tries for an output; what is measured before them has its own."""
     return (work_folder(out, number) for number in range(_MOST_TRIES))
 
 
@@ -307,7 +307,7 @@ def _opened(out: Path, folder: Path, kind: Kind, identity: Mapping[str, Any], *,
     if folder.exists() and not (folder / _JOURNAL).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"a run keeps its unfinished work in {folder}, and that is something else; move it away")
     measuring = work_folder(out, MEASURING)
-    for other in _parts(out) if folder == measuring else [measuring]:
+    for other in _tries(out) if folder == measuring else [measuring]:
         if (other / _JOURNAL).is_file():
             with alone(other / _JOURNAL):
                 pass  # nobody measures for an output that another makes, nor the other way round

@@ -50,6 +50,13 @@ def between(mixed: MixedPrecision, share: float) -> int:
     return smallest + int(share * (most - least))
 
 
+def int4_kl(mixed: MixedPrecision) -> float:
+    """What is predicted of all stages at 4 bits."""
+    four = mixed.pure(4)
+    assert four is not None
+    return four.predicted_kl
+
+
 def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
@@ -214,9 +221,7 @@ def test_the_smallest_files_under_a_limit_are_measured_to_be_under_it(mixed: Mix
 def test_a_limit_that_is_missed_is_tried_again_more_strictly(
     mixed: MixedPrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    four = mixed.pure(4)
-    assert four is not None
-    limit = four.predicted_kl / 2
+    limit = int4_kl(mixed) / 2
     answers = iter([Divergence(limit * 1.5, None, 1), Divergence(limit * 0.9, None, 1)])
     monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: next(answers))
     seen: list[Choice] = []
@@ -240,9 +245,7 @@ def test_a_limit_that_is_undercut_by_far_is_met_with_fewer_bytes(
     mixed: MixedPrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a method that is better than the one that costs are measured with."""
-    four = mixed.pure(4)
-    assert four is not None
-    limit = four.predicted_kl / 4
+    limit = int4_kl(mixed) / 4
     seen: list[Choice] = []
     monkeypatch.setattr(
         MixedPrecision, "measured_kl", lambda self, folder: Divergence(0.4 * seen[-1].point.predicted_kl, None, 1)
@@ -256,9 +259,7 @@ def test_a_limit_that_is_undercut_by_far_is_met_with_fewer_bytes(
 def test_what_misses_its_limit_is_never_published(
     mixed: MixedPrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    four = mixed.pure(4)
-    assert four is not None
-    limit = four.predicted_kl
+    limit = int4_kl(mixed)
     monkeypatch.setattr(MixedPrecision, "measured_kl", lambda self, folder: Divergence(1.01 * limit, None, 1))
     with pytest.raises(UsageError, match=r"was missed 4 times, the last measured .*; nothing was published"):
         quantize_mixed(mixed, tmp_path / "q", max_kl=limit)
@@ -268,9 +269,7 @@ def test_what_misses_its_limit_is_never_published(
 def test_a_second_try_that_cannot_be_chosen_leaves_room_for_another_target(
     mixed: MixedPrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    four = mixed.pure(4)
-    assert four is not None
-    limit = four.predicted_kl
+    limit = int4_kl(mixed)
     with monkeypatch.context() as patched:
         patched.setattr(MixedPrecision, "measured_kl", lambda self, folder: Divergence(1e6 * limit, None, 1))
         with pytest.raises(UsageError, match="no choice of settings is sure to stay under"):
@@ -282,19 +281,17 @@ def test_a_second_try_that_cannot_be_chosen_leaves_room_for_another_target(
 def test_a_second_try_that_fails_for_good_takes_the_first_with_it(
     mixed: MixedPrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    four = mixed.pure(4)
-    assert four is not None
     tries = []
 
     def measured(self: MixedPrecision, folder: Path) -> Divergence:
         tries.append(folder)
         if len(tries) > 1:
             raise NumericError("logits must be finite")
-        return Divergence(1.5 * four.predicted_kl, None, 1)
+        return Divergence(1.5 * int4_kl(mixed), None, 1)
 
     monkeypatch.setattr(MixedPrecision, "measured_kl", measured)
     with pytest.raises(NumericError):
-        quantize_mixed(mixed, tmp_path / "q", max_kl=four.predicted_kl)
+        quantize_mixed(mixed, tmp_path / "q", max_kl=int4_kl(mixed))
     assert len(tries) == 2
     assert list(tmp_path.iterdir()) == []
 
